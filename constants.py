@@ -1,0 +1,25 @@
+"""This site's values. Edit what you need; a flag overrides a line here, and a name left out or None decides itself.
+
+Found at --constants PATH, else $METASEQ_API_CONSTANTS, else ./constants.py. The names are metaseq's.
+"""
+
+CHECKPOINT_FOLDER = None
+"""A folder of FSDP shards or of model parts, e.g. "/data/opt/175B". None serves the embedded demo model."""
+BPE_VOCAB = None
+BPE_MERGES = None
+"""The tokenizer's files. None: gpt2-vocab.json and gpt2-merges.txt (or vocab.json, merges.txt) beside the checkpoint."""
+
+MODEL_PARALLEL = None
+"""GPUs that one model is split over. None: every GPU that is visible and that the model allows; 1 on a CPU."""
+TOTAL_WORLD_SIZE = None
+"""The same number as MODEL_PARALLEL; kept for old files."""
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 6010
+
+MAX_SEQ_LEN = None
+"""Tokens of a prompt and its completion together. None: the model's own window (2048 for OPT)."""
+MAX_BATCH_TOKENS = 2048
+"""Tokens fed in one step; longer prompts are prefilled in chunks of this size."""
+MAX_BEAM = 16
+"""Most samples (n or best_of) of one prompt."""

@@ -1,0 +1,72 @@
+"""The order for one step: what every rank must know to run the model once. Small, and plain integers on the wire.
+
+Does not know sampling: rank 0 samples, the others only compute.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchItem:
+    """One sequence's share of a step: feed `token_ids` at positions start, start + 1, ...; hand back logits of the
+    last `num_logits` of them (0: none, the prefill goes on in a later step).
+
+    `block_ids` are the cache blocks of positions 0 to start + len(token_ids) - 1, in order.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    num_logits: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens the last fed token may look at, itself included."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """All items of a step, decoding ones and prefilling ones alike."""
+
+    items: tuple[BatchItem, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(i.token_ids) for i in self.items)
+
+    def pack(self) -> array[int]:
+        """As 32-bit integers: per item start, num_logits, the two lengths, then tokens and blocks."""
+        out = array("i", [len(self.items)])
+        for i in self.items:
+            out.extend((i.start, i.num_logits, len(i.token_ids), len(i.block_ids)))
+            out.extend(i.token_ids)
+            out.extend(i.block_ids)
+        return out
+
+    @staticmethod
+    def unpack(words: Seq[int]) -> Batch:
+        """The inverse of `pack`; words past the end are ignored."""
+        items, at = [], 1
+        for _ in range(words[0]):
+            start, num_logits, num_tokens, num_blocks = words[at : at + 4]
+            mid = at + 4 + num_tokens
+            end = mid + num_blocks
+            items.append(
+                BatchItem(
+                    start=start,
+                    num_logits=num_logits,
+                    token_ids=tuple(words[at + 4 : mid]),
+                    block_ids=tuple(words[mid:end]),
+                )
+            )
+            at = end
+        return Batch(items=tuple(items))

@@ -1,0 +1,47 @@
+"""What goes back to the client. Does not know JSON; `server/schema.py` writes that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Why a completion ended: `stop` (end of text or a stop string) or `length` (max_tokens or the model's window)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Per token, in parallel lists of one length, echoed prompt first where it was asked for.
+
+    tokens: the token as text; a token that is not valid UTF-8 by itself as `bytes:\\xe2\\x80`.
+    token_logprobs: natural logarithms; None where there is no context to condition on.
+    top_logprobs: {token text: logprob} of the likeliest; None as above, or where logprobs was 0.
+    text_offset: Units: characters from the start of prompt + completion to the token's first byte.
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...] | None
+    text_offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished continuation. `text` has the prompt in front where echo was asked for, and never a stop string.
+
+    num_prompt_tokens leaves out the </s> that the engine puts in front; num_tokens counts what was generated.
+    """
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_tokens: int
+    logprobs: TokenLogprobs | None = None
+    cumulative_logprob: float = 0.0

@@ -1,0 +1,67 @@
+"""How the server sees the engine. Nothing here runs; the engine implements it, tests fake it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from metaseq_api.core.completion import Completion
+from metaseq_api.core.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What the engine says of itself. `alive` False means: no request will be answered any more."""
+
+    alive: bool
+    reason: str
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    rank_age_s: tuple[float, ...]
+
+
+class Answer(Protocol):
+    """The one answer to one admitted Request."""
+
+    def result(self, timeout: float | None = None) -> list[Completion]:
+        """Wait for all completions: prompts in order, and for each prompt its n samples in order.
+
+        Units: timeout in seconds. Raises: RequestError, EngineStopped, TimeoutError.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Give the request up; its blocks are free within one step. Harmless when it has ended."""
+        ...
+
+
+class EngineProtocol(Protocol):
+    """All that the HTTP front end may ask."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of prompt and completion together, the leading </s> included."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids a prompt may hold: 0 to vocab_size - 1."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without </s>; newlines normalised to LF."""
+        ...
+
+    def decode(self, token_ids: Seq[int]) -> str: ...
+
+    def submit(self, request: Request) -> Answer:
+        """Queue a request. Raises: RequestError (too long, ids out of range), EngineStopped."""
+        ...
+
+    def health(self) -> Health: ...

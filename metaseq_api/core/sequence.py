@@ -1,0 +1,52 @@
+"""One prompt being continued. Mutable, and changed by the Scheduler alone (and, for its text, by the Engine).
+
+Knows its tokens, its blocks and how far the cache holds it. Does not know tensors, text or other sequences' state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from metaseq_api.core.request import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Token ids so far (`token_ids`, the leading </s> included) and where the cache stands.
+
+    Invariant: the cache holds keys and values of token_ids[:num_cached]; a sequence with
+    num_cached == len(token_ids) - 1 has one token to feed and is decoding, one with less is prefilling.
+    """
+
+    seq_id: int
+    prompt_len: int
+    token_ids: list[int]
+    params: SamplingParams
+    max_len: int
+    """Most tokens it may ever hold: its prompt and max_tokens, cut at the model's window."""
+    leader: Sequence | None = None
+    """The first sample of the same prompt, whose full prompt blocks this one shares."""
+    status: Status = Status.WAITING
+    num_cached: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncached(self) -> int:
+        """Tokens whose keys and values are still to be computed; at least 1 while it lives."""
+        return len(self.token_ids) - self.num_cached
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.echo and self.params.logprobs is not None
