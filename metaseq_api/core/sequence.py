@@ -33,6 +33,8 @@ class Sequence:
     """Most tokens it may ever hold: its prompt and max_tokens, cut at the model's window."""
     leader: Sequence | None = None
     """The first sample of the same prompt, whose full prompt blocks this one shares."""
+    scores_prompt: bool = False
+    """Whether the logits of its prompt are wanted too (echo with logprobs, first sample)."""
     status: Status = Status.WAITING
     num_cached: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -46,7 +48,3 @@ class Sequence:
     def num_uncached(self) -> int:
         """Tokens whose keys and values are still to be computed; at least 1 while it lives."""
         return len(self.token_ids) - self.num_cached
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.params.echo and self.params.logprobs is not None

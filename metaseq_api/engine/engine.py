@@ -1,0 +1,344 @@
+"""Rank 0's engine: one thread that admits requests, has the Scheduler order steps, runs them on every rank, samples and
+answers. Implements core.protocols.EngineProtocol.
+
+The loop is: take what came in; schedule; broadcast; run; sample; apply; answer. Only this thread touches the Scheduler,
+the sequences and the model; others hand it requests and cancellations through a queue.
+
+Knows the life of a request. Does not know HTTP, files, or how the processes were started.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaseq_api.core import FinishReason, Health, Request, Sequence
+from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.sampler import Sampler, Scored
+from metaseq_api.engine.ticket import Ticket
+from metaseq_api.engine.track import Track
+from metaseq_api.engine.worker import Worker
+from metaseq_api.errors import EngineStopped, MetaseqApiError, Overloaded, RequestError
+from metaseq_api.scheduling.scheduler import Scheduler, Step
+from metaseq_api.scheduling.stopping import StopChecker
+from metaseq_api.tokenizer import BOS_ID, EOS_ID, PAD_ID, StreamDecoder, Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request, and all together, may ask for."""
+
+    max_seq_len: int
+    max_samples: int = 16
+    max_queue: int = 4096
+
+
+class Engine:
+    """Start with `start`, end with `stop`. `wait_failed` tells when it ended by itself."""
+
+    def __init__(
+        self,
+        *,
+        worker: Worker,
+        channel: Channel,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        model_name: str,
+        heartbeat_s: float = 10.0,
+        threads: int | None = None,
+    ) -> None:
+        self._worker, self._channel, self._scheduler = worker, channel, scheduler
+        self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
+        self._heartbeat_s, self._threads = heartbeat_s, threads
+        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, eos_id=EOS_ID, banned=[PAD_ID])
+        self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
+        self._tracks: dict[int, Track] = {}
+        self._leaders: dict[tuple[Ticket, int], Track] = {}
+        self._by_ticket: dict[Ticket, list[Track]] = {}
+        self._num_queued = 0
+        self._lock = threading.Lock()
+        self._next_id = 0
+        self._stopped = ""
+        self._stop_at: float | None = None
+        self._ended = threading.Event()
+        self._failed = False
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    # ---- what other threads call ----
+
+    @property
+    def model_name(self) -> str:
+        return self._model_name
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._limits.max_seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._worker.model.config.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> Ticket:
+        """Admit a request: from here on it is answered exactly once.
+
+        Raises: RequestError where it does not fit the model, Overloaded, EngineStopped.
+        """
+        self._check(request)
+        ticket = Ticket(request, lambda t: self._inbox.put((t, "cancel")))
+        num = len(request.prompts) * request.params.num_samples
+        with self._lock:
+            if self._stopped:
+                raise EngineStopped(self._stopped)
+            if self._num_queued + num > self._limits.max_queue:
+                raise Overloaded(
+                    f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
+                    f"the server takes {self._limits.max_queue}: try again later"
+                )
+            self._num_queued += num
+            self._inbox.put((ticket, "add"))
+        return ticket
+
+    def health(self) -> Health:
+        pool = self._scheduler.pool
+        age = time.monotonic() - self._channel.last_heard
+        return Health(
+            alive=not self._stopped,
+            reason=self._stopped,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_free_blocks=pool.num_free,
+            num_blocks=pool.num_blocks,
+            rank_age_s=(age,) * self._worker.model.context.tensor_size,
+        )
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """Take no more requests, give running ones `grace_s` seconds, then end the rest and the other ranks' loops."""
+        with self._lock:
+            self._stopped = self._stopped or "the server is shutting down; ask again elsewhere or later"
+            self._stop_at = time.monotonic() + grace_s
+        self._inbox.put((_WAKE, "wake"))
+        self._ended.wait(grace_s + 10.0)
+
+    def wait_failed(self, timeout: float | None = None) -> bool:
+        """Wait for the engine's end; whether it was a failure. Units: seconds."""
+        return self._ended.wait(timeout) and self._failed
+
+    # ---- the engine's thread ----
+
+    def _main(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                while self._stop_at is None or (self._by_ticket and time.monotonic() < self._stop_at):
+                    self._take_in()
+                    step = self._scheduler.schedule()
+                    if step is not None:
+                        self._run(step)
+            self._channel.send_stop()
+        except Exception:
+            log.exception("the engine failed")
+            self._failed = True
+            self._stopped = "the engine failed; the server's log says why"
+        finally:
+            with self._lock:
+                self._stopped = self._stopped or "the engine has ended"
+            self._end_all()
+            self._ended.set()
+
+    def _take_in(self) -> None:
+        """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
+        idle = not self._by_ticket
+        if idle:
+            self._scheduler.check_idle()
+        while True:
+            try:
+                ticket, what = self._inbox.get(timeout=self._heartbeat_s) if idle else self._inbox.get_nowait()
+            except queue.Empty:
+                if not idle:
+                    return
+                self._channel.send_heartbeat()
+                continue
+            idle = False
+            if what == "add":
+                self._add(ticket)
+            elif what == "cancel" and ticket in self._by_ticket:
+                ticket.fail(RequestError("the client went away", code="cancelled"))
+                self._drop(ticket)
+
+    def _add(self, ticket: Ticket) -> None:
+        request = ticket.request
+        tracks = self._by_ticket[ticket] = []
+        for p, prompt in enumerate(request.prompts):
+            for s in range(request.params.num_samples):
+                track = self._track(ticket, p, s, list(prompt))
+                tracks.append(track)
+        for track in tracks:
+            if request.params.max_tokens == 0 and request.params.logprobs is None:
+                self._answer(track)  # an echo: nothing to compute
+            else:
+                self._tracks[track.seq.seq_id] = track
+                self._scheduler.add(track.seq)
+
+    def _track(self, ticket: Ticket, prompt_index: int, sample_index: int, prompt: list[int]) -> Track:
+        params = ticket.request.params
+        num_added = 0 if prompt[:1] == [BOS_ID] else 1
+        token_ids = [BOS_ID] * num_added + prompt
+        leader = self._leaders.get((ticket, prompt_index))
+        seed = None if params.seed is None else f"{params.seed}/{prompt_index}/{sample_index}"
+        seq = Sequence(
+            seq_id=self._next_id,
+            prompt_len=len(token_ids),
+            token_ids=token_ids,
+            params=params,
+            max_len=min(len(token_ids) + params.max_tokens, self._limits.max_seq_len),
+            leader=None if leader is None else leader.seq,
+            scores_prompt=leader is None and params.echo and params.logprobs is not None and len(token_ids) > 1,
+        )
+        self._next_id += 1
+        track = Track(
+            ticket=ticket,
+            seq=seq,
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            num_added=num_added,
+            tokenizer=self._tokenizer,
+            rng=random.Random(seed),
+            stop=StopChecker(params.stop),
+            decoder=StreamDecoder(self._tokenizer),
+        )
+        self._leaders.setdefault((ticket, prompt_index), track)
+        return track
+
+    def _run(self, step: Step) -> None:
+        """One step on all ranks, from the order to the answers."""
+        self._channel.send_batch(step.batch)
+        tokens: dict[int, Scored | None] = {}
+        rows = _rows(step)
+        for logits in self._worker.run(step.batch):
+            assert logits is not None
+            here, rows = rows[: len(logits)], rows[len(logits) :]
+            self._score_prompts(logits, here)
+            self._sample(logits, here, tokens)
+        self._channel.last_heard = time.monotonic()
+        self._scheduler.apply(step, {i: s.token_id for i, s in tokens.items() if s is not None})
+        for seq_id, scored in tokens.items():
+            track = self._tracks.get(seq_id)
+            if track is None:
+                continue  # its request was given up just now
+            if scored is None:
+                self._give_up(track.ticket)
+            else:
+                track.take(scored, EOS_ID)
+                if track.reason is not None:
+                    self._answer(track)
+        for seq in step.sequences:
+            if seq.params.max_tokens == 0 and seq.num_cached == seq.prompt_len and seq.seq_id in self._tracks:
+                self._answer(self._tracks[seq.seq_id])
+
+    def _score_prompts(self, logits: Tensor, rows: list[tuple[Sequence, int]]) -> None:
+        """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1."""
+        by_seq: dict[int, list[int]] = {}
+        for at, (seq, position) in enumerate(rows):
+            if seq.scores_prompt and position + 1 < seq.prompt_len:
+                by_seq.setdefault(seq.seq_id, []).append(at)
+        for seq_id, ats in by_seq.items():
+            track, seq = self._tracks[seq_id], rows[ats[0]][0]
+            targets = [seq.token_ids[rows[at][1] + 1] for at in ats]
+            chosen = logits if len(ats) == len(logits) else logits[ats]
+            for at, scored in zip(ats, self._sampler.score(chosen, targets, seq.params), strict=True):
+                track.prompt_scored[rows[at][1] + 1] = scored
+
+    def _sample(self, logits: Tensor, rows: list[tuple[Sequence, int]], tokens: dict[int, Scored | None]) -> None:
+        ats = [at for at, (seq, i) in enumerate(rows) if i + 1 == len(seq.token_ids) and seq.params.max_tokens]
+        if ats:
+            chosen = logits if len(ats) == len(logits) else logits[ats]
+            sampled = self._sampler.sample(chosen, [self._tracks[rows[at][0].seq_id].row() for at in ats])
+            tokens.update({rows[at][0].seq_id: s for at, s in zip(ats, sampled, strict=True)})
+
+    def _answer(self, track: Track) -> None:
+        """A sample is done: hand it over, and forget the request when it was the last."""
+        self._scheduler.finish(track.seq)
+        self._tracks.pop(track.seq.seq_id, None)
+        track.reason = track.reason or FinishReason.LENGTH
+        track.ticket.add(track.completion(self._leaders[track.ticket, track.prompt_index]))
+        if track.ticket.ended:
+            self._drop(track.ticket)
+
+    def _give_up(self, ticket: Ticket) -> None:
+        log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
+        ticket.fail(MetaseqApiError("the model computed values that are not numbers for this prompt"))
+        self._drop(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Forget a request that has ended, and free what it holds."""
+        for track in self._by_ticket.pop(ticket, []):
+            self._scheduler.finish(track.seq)
+            self._tracks.pop(track.seq.seq_id, None)
+            self._leaders.pop((ticket, track.prompt_index), None)
+            with self._lock:
+                self._num_queued -= 1
+
+    def _end_all(self) -> None:
+        """No request goes unanswered: whoever still waits is told that the engine has stopped."""
+        for ticket in list(self._by_ticket):
+            ticket.fail(EngineStopped(self._stopped))
+            self._drop(ticket)
+        while not self._inbox.empty():
+            ticket, what = self._inbox.get_nowait()
+            if what == "add":
+                ticket.fail(EngineStopped(self._stopped))
+
+    def _check(self, request: Request) -> None:
+        p, window = request.params, self._limits.max_seq_len
+        if not request.prompts:
+            raise RequestError("prompt is empty; send at least one", param="prompt")
+        if p.num_samples > self._limits.max_samples:
+            name = "best_of" if p.best_of else "n"
+            raise RequestError(
+                f"{name} is {p.num_samples}; this server draws at most {self._limits.max_samples}", param=name
+            )
+        for prompt in request.prompts:
+            bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+            if bad is not None:
+                raise RequestError(f"prompt holds token {bad}; ids go from 0 to {self.vocab_size - 1}", param="prompt")
+            length = len(prompt) + (prompt[:1] != (BOS_ID,))
+            if length + p.max_tokens > window:
+                raise RequestError(
+                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens} make "
+                    f"{length + p.max_tokens}; this model's window is {window}: "
+                    + (f"ask for at most {window - length}" if length < window else "shorten the prompt"),
+                    param="max_tokens" if length < window else "prompt",
+                )
+
+
+_WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)
+
+
+def _rows(step: Step) -> list[tuple[Sequence, int]]:
+    """Whose each row of logits is, and the position it was computed at."""
+    return [
+        (seq, position)
+        for seq, item in zip(step.sequences, step.batch.items, strict=True)
+        for position in range(item.context_len - item.num_logits, item.context_len)
+    ]

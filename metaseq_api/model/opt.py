@@ -1,0 +1,158 @@
+"""OPT, every published size, on one rank's slice of the weights.
+
+Knows the order of operations (facts of metaseq's decoder and Hugging Face's OPT agree on it). Does not know files,
+scheduling or sampling. Source: metaseq/models/transformer_decoder.py, modules/transformer_decoder_layer.py.
+
+Shapes: T tokens of the step (all sequences end to end), R rows whose logits are wanted, E embedding width, D model
+width, H heads of this rank, K head width, F ffn rows of this rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaseq_api.core import ModelConfig
+from metaseq_api.core.config import POSITION_OFFSET
+from metaseq_api.model.attention import StepPlan, attend
+from metaseq_api.model.cache import KVCache
+from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.parallel.layers import ColumnLinear, Linear, RowLinear, Source, VocabEmbedding, read_whole
+
+
+class Weights(Protocol):
+    """A checkpoint as the model sees it: whole tensors by metaseq's names, q, k and v apart."""
+
+    def names(self) -> frozenset[str]: ...
+
+    def tensor(self, name: str) -> Source: ...
+
+
+class Norm(nn.Module):
+    """Layer norm with fp32 statistics, replicated on every rank."""
+
+    def __init__(self, context: ParallelContext, dtype: torch.dtype, eps: float) -> None:
+        super().__init__()
+        self.context, self.dtype, self.eps = context, dtype, eps
+        self.weight: Tensor
+        self.bias: Tensor
+
+    def load(self, weights: Weights, name: str) -> None:
+        self.weight, self.bias = (
+            read_whole(weights.tensor(f"{name}.{leaf}")).to(self.context.device, self.dtype)
+            for leaf in ("weight", "bias")
+        )
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.layer_norm(x_TD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Layer(nn.Module):
+    """Attention and ffn around a residual; the norms before them, or (350M) after the sum."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        self.num_heads = config.num_heads // context.tensor_size
+        self.qkv = ColumnLinear(context, dtype)
+        self.out = RowLinear(context, dtype)
+        self.fc1 = ColumnLinear(context, dtype)
+        self.fc2 = RowLinear(context, dtype)
+        self.attn_norm = Norm(context, dtype, config.norm_eps)
+        self.ffn_norm = Norm(context, dtype, config.norm_eps)
+
+    def load(self, weights: Weights) -> None:
+        """Take this rank's slice; the layer's own `final_layer_norm` is the one before the ffn."""
+        prefix = f"decoder.layers.{self.index}"
+        attn = f"{prefix}.self_attn"
+        qkv = [f"{attn}.{x}_proj" for x in "qkv"]
+        for module, names in (
+            (self.qkv, qkv),
+            (self.out, [f"{attn}.out_proj"]),
+            (self.fc1, [f"{prefix}.fc1"]),
+            (self.fc2, [f"{prefix}.fc2"]),
+        ):
+            biases = [weights.tensor(f"{n}.bias") for n in names] if self.config.bias else []
+            module.load([weights.tensor(f"{n}.weight") for n in names], biases)
+        self.attn_norm.load(weights, f"{prefix}.self_attn_layer_norm")
+        self.ffn_norm.load(weights, f"{prefix}.final_layer_norm")
+
+    def forward(self, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
+        if self.config.pre_norm:
+            x_TD = self._attention(x_TD, self.attn_norm(x_TD), plan, cache)
+            x_TD = self._ffn(x_TD, self.ffn_norm(x_TD))
+        else:
+            x_TD = self.attn_norm(self._attention(x_TD, x_TD, plan, cache))
+            x_TD = self.ffn_norm(self._ffn(x_TD, x_TD))
+        return x_TD
+
+    def _attention(self, residual_TD: Tensor, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
+        q_THK, k_THK, v_THK = self.qkv(x_TD).view(-1, 3, self.num_heads, self.config.head_dim).unbind(1)
+        scale = self.config.head_dim**-0.5
+        o_TX = attend(q_THK, k_THK, v_THK, layer=self.index, plan=plan, cache=cache, scale=scale)
+        summed: Tensor = self.out.add_to(residual_TD, o_TX)
+        return summed
+
+    def _ffn(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor:
+        summed: Tensor = self.fc2.add_to(residual_TD, self.fc1(x_TD, self.config.activation))
+        return summed
+
+
+class OPT(nn.Module):
+    """The decoder, from token ids to the logits of the rows that are wanted."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        config.check_parallel(context.tensor_size)
+        self.config, self.context, self.dtype = config, context, dtype
+        self.embed = VocabEmbedding(context, dtype)
+        self.positions: Tensor
+        self.project_in = Linear(context, dtype)
+        self.project_out = Linear(context, dtype)
+        self.layers = nn.ModuleList(Layer(config, context, dtype, i) for i in range(config.num_layers))
+        self.norm = Norm(context, dtype, config.norm_eps)
+
+    def load(self, weights: Weights, progress: Progress | None = None) -> None:
+        """Read this rank's slice of every tensor. `progress` hears of each layer done."""
+        output = None if self.config.tied_output else weights.tensor("decoder.output_projection.weight")
+        self.embed.load(weights.tensor("decoder.embed_tokens.weight"), output)
+        positions = read_whole(weights.tensor("decoder.embed_positions.weight"))
+        self.positions = positions.to(self.context.device, self.dtype)
+        if self.config.has_projection:
+            self.project_in.load([weights.tensor("decoder.project_in_dim.weight")], [])
+            self.project_out.load([weights.tensor("decoder.project_out_dim.weight")], [])
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            layer.load(weights)
+            if progress is not None:
+                progress(i + 1, self.config.num_layers)
+        if self.config.final_norm:
+            self.norm.load(weights, "decoder.layer_norm")
+
+    def forward(self, plan: StepPlan, cache: KVCache) -> Tensor:
+        """Run a step. Shapes: -> [R, E], the hidden rows whose logits are wanted."""
+        if plan.half_filled is not None:
+            cache.clear(plan.half_filled)
+        x = self.embed(plan.token_ids_T)
+        if self.config.has_projection:
+            x = self.project_in(x)
+        x_TD = x + F.embedding(plan.positions_T + POSITION_OFFSET, self.positions)
+        for layer in self.layers:
+            x_TD = layer(x_TD, plan, cache)
+        x_RD = x_TD if len(plan.logit_rows) == len(x_TD) else x_TD.index_select(0, plan.logit_rows)
+        if self.config.final_norm:
+            x_RD = self.norm(x_RD)
+        x_RE: Tensor = self.project_out(x_RD) if self.config.has_projection else x_RD
+        return x_RE
+
+    def logits(self, x_RE: Tensor) -> Tensor | None:
+        """Shapes: [R, E] -> [R, V] in fp32 on the driver; None on the other ranks."""
+        logits: Tensor | None = self.embed.logits(x_RE)
+        return logits
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...

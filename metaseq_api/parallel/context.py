@@ -1,0 +1,96 @@
+"""Where this process stands among the ranks, and the groups it talks over. An argument everywhere, never a global.
+
+Knows torch.distributed. Does not know models, or how the processes were started (that is `launch`).
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelContext:
+    """One rank along the tensor axis. `group` carries tensors (NCCL or gloo), `control` carries orders (gloo)."""
+
+    rank: int = 0
+    tensor_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: Any = None
+    control: Any = None
+    store: Any = None
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether this rank schedules, samples and serves."""
+        return self.rank == 0
+
+    def span(self, total: int) -> tuple[int, int]:
+        """This rank's half-open share of `total` rows or columns, which must divide."""
+        each, rest = divmod(total, self.tensor_size)
+        assert rest == 0, (total, self.tensor_size)
+        return self.rank * each, (self.rank + 1) * each
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` over the ranks, in place."""
+        if self.tensor_size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `x` (one shape) on the driver, in rank order; None elsewhere."""
+        if self.tensor_size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.tensor_size)] if self.is_driver else None
+        dist.gather(x, parts, dst=0, group=self.group)
+        return parts
+
+    def wait_for_all(self, what: str, *, timeout_s: float) -> None:
+        """Return once every rank has come here; unlike a collective, ranks may arrive minutes apart.
+
+        Units: seconds. Raises: torch.distributed.DistStoreError after timeout_s.
+        """
+        if self.tensor_size > 1:
+            self.store.set(f"{what}/{self.rank}", "1")
+            self.store.wait([f"{what}/{r}" for r in range(self.tensor_size)], datetime.timedelta(seconds=timeout_s))
+
+
+def join(*, rank: int, world_size: int, init: str, device: torch.device, timeout_s: float) -> ParallelContext:
+    """Meet the other ranks at `init` (file:///path or tcp://host:port) and form the groups.
+
+    Units: timeout_s seconds, after which a collective gives a lost rank up.
+    """
+    if world_size == 1:
+        return ParallelContext(device=device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = _store(init, rank, world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return ParallelContext(
+        rank=rank,
+        tensor_size=world_size,
+        device=device,
+        group=dist.group.WORLD,
+        control=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD,
+        store=store,
+    )
+
+
+def leave(context: ParallelContext) -> None:
+    """Part from the other ranks."""
+    if context.tensor_size > 1:
+        dist.destroy_process_group()
+
+
+def _store(init: str, rank: int, world_size: int) -> Any:
+    if init.startswith("file://"):
+        return dist.FileStore(init[len("file://") :], world_size)  # type: ignore[attr-defined]
+    host, _, port = init.removeprefix("tcp://").rpartition(":")
+    patience = datetime.timedelta(minutes=10)  # nodes of one job may start minutes apart
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host.strip("[]"), int(port), world_size, is_master=rank == 0, timeout=patience
+    )

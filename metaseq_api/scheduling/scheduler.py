@@ -1,0 +1,175 @@
+"""Decides what the next step computes. Plain Python over integers; owns every Sequence and its blocks.
+
+The rules, in their order:
+1. every running sequence whose prompt is in the cache gets its one token;
+2. running sequences whose prompt is not, then waiting ones in order of arrival, get what is left of the step's budget
+   of tokens, in chunks;
+3. where blocks run out, the youngest running sequence gives its blocks back and waits at the head of the queue (its
+   tokens are kept and computed again), so that the oldest always gets on;
+4. the second and later samples of a prompt wait until the first has it in the cache, and share its full blocks.
+
+Does not know tensors, text, sampling, or time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from metaseq_api.core import Batch, BatchItem, Sequence, Status
+from metaseq_api.scheduling.blocks import BlockPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A Batch, and whose items they are (parallel to batch.items)."""
+
+    batch: Batch
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """All sequences that wait or run. Called by the engine's thread alone."""
+
+    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_batch_size: int) -> None:
+        assert max_batch_tokens > 0
+        assert max_batch_size > 0
+        self.pool = pool
+        self._max_tokens = max_batch_tokens
+        self._max_size = max_batch_size
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence, which must fit into the pool when it is alone."""
+        assert self.pool.blocks_for(seq.max_len) <= self.pool.num_blocks
+        self._waiting.append(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, wherever it stands; its blocks are free at once. Harmless when it is out already."""
+        if seq.status is Status.RUNNING:
+            self._running.remove(seq)
+        elif seq.status is Status.WAITING and seq in self._waiting:
+            self._waiting.remove(seq)
+        self._release(seq)
+        seq.status = Status.FINISHED
+        seq.leader = None
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when there is nothing to do. A step that was scheduled must be run and applied."""
+        items: list[tuple[Sequence, int]] = []
+        budget = self._max_tokens
+        for seq in [s for s in self._running if s.num_uncached == 1]:
+            if budget and self._grow(seq, 1):
+                items.append((seq, 1))
+                budget -= 1
+        for seq in [s for s in self._running if s.num_uncached > 1]:
+            budget -= self._take(seq, budget, items)
+        # a sequence scheduled above may since have been preempted for an older one; then nobody new comes in
+        still = [(seq, num) for seq, num in items if seq.status is Status.RUNNING]
+        full, items = len(still) < len(items), still
+        while budget and not full and self._waiting and len(self._running) < self._max_size:
+            first = self._next_waiting()
+            if first is None or not self._admit(first):
+                break
+            budget -= self._take(first, budget, items)
+        if not items:
+            assert not self._running, "running sequences but no step: the pool is too small for the oldest"
+            return None
+        return Step(
+            batch=Batch(items=tuple(self._item(seq, num) for seq, num in items)),
+            sequences=tuple(seq for seq, _ in items),
+        )
+
+    def apply(self, step: Step, tokens: dict[int, int]) -> None:
+        """Note that a step has run: the cache holds what was fed, and `tokens` (by seq_id) were sampled."""
+        for seq, item in zip(step.sequences, step.batch.items, strict=True):
+            if seq.status is Status.RUNNING:
+                seq.num_cached += item.num_tokens
+                if seq.seq_id in tokens:
+                    seq.token_ids.append(tokens[seq.seq_id])
+
+    def check_idle(self) -> None:
+        """Assert that nothing was leaked, when nothing waits or runs."""
+        if not self._waiting and not self._running:
+            self.pool.check_idle()
+
+    def _take(self, seq: Sequence, budget: int, items: list[tuple[Sequence, int]]) -> int:
+        """Schedule as much of a prefill as budget and blocks allow; how many tokens that was."""
+        num = min(seq.num_uncached, budget)
+        if seq.status is not Status.RUNNING or num == 0 or not self._grow(seq, num):
+            return 0
+        items.append((seq, num))
+        return num
+
+    def _grow(self, seq: Sequence, num: int) -> bool:
+        """Give a running sequence the blocks for `num` more tokens, if need be from the youngest ones."""
+        if seq.status is not Status.RUNNING:
+            return False
+        missing = self.pool.blocks_for(seq.num_cached + num) - len(seq.block_ids)
+        while missing > self.pool.num_free:
+            youngest = self._running[-1]
+            if youngest is seq and len(self._running) > 1:
+                self._preempt(seq)
+                return False
+            assert youngest is not seq, "the pool is too small for one sequence"
+            self._preempt(youngest)
+        seq.block_ids += self.pool.allocate(max(missing, 0))
+        return True
+
+    def _next_waiting(self) -> Sequence | None:
+        """The first waiting sequence that need not wait for its leader's prompt."""
+        for seq in self._waiting:
+            leader = seq.leader
+            if leader is None or leader.status is Status.FINISHED or leader.num_cached >= seq.prompt_len:
+                return seq
+        return None
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Start a sequence if the blocks of its whole prompt are free (minus those it shares); else leave it."""
+        shared: list[int] = []
+        if seq.leader is not None and seq.leader.status is Status.RUNNING and not seq.block_ids:
+            # at least one prompt token is computed again: its logits are what the first sample is drawn from
+            shared = seq.leader.block_ids[: (seq.prompt_len - 1) // self.pool.block_size]
+        needed = self.pool.blocks_for(len(seq.token_ids)) - len(shared)
+        if needed > self.pool.num_free:
+            return False
+        self._waiting.remove(seq)
+        self.pool.share(shared)
+        seq.block_ids = list(shared)
+        seq.num_cached = len(shared) * self.pool.block_size
+        seq.leader = None
+        seq.status = Status.RUNNING
+        self._running.append(seq)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._release(seq)
+        seq.status = Status.WAITING
+        seq.num_preemptions += 1
+        self._waiting.appendleft(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.block_ids)
+        seq.block_ids = []
+        seq.num_cached = 0
+
+    def _item(self, seq: Sequence, num: int) -> BatchItem:
+        start, stop = seq.num_cached, seq.num_cached + num
+        ends = stop == len(seq.token_ids)
+        scoring = seq.scores_prompt and start < seq.prompt_len - 1
+        return BatchItem(
+            start=start,
+            token_ids=tuple(seq.token_ids[start:stop]),
+            block_ids=tuple(seq.block_ids[: self.pool.blocks_for(stop)]),
+            num_logits=num if scoring else int(ends),
+        )

@@ -1,0 +1,44 @@
+"""Where a text ends: at the first whole stop string, wherever tokens or pieces cut it.
+
+Knows text. Does not know tokens.
+"""
+
+from __future__ import annotations
+
+
+class StopChecker:
+    """Watches one sequence's text grow, piece by piece."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._longest = max(map(len, stop), default=0)
+        self._text = ""
+        self._seen = 0  # characters before which no stop string begins and ends
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def push(self, piece: str, *, check: bool = True) -> bool:
+        """Append a piece; True if a stop string is complete, and the text then ends before it.
+
+        Of several, the one that begins first counts. With check False the piece only is appended (min_tokens).
+        """
+        self._text += piece
+        if not check or not self._stop:
+            self._seen = max(0, len(self._text) - self._longest + 1)
+            return False
+        found = [at for at in (self._text.find(s, self._seen) for s in self._stop) if at >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            return True
+        self._seen = max(self._seen, len(self._text) - self._longest + 1)
+        return False
+
+    @property
+    def num_safe(self) -> int:
+        """Characters of the text that no later piece can take back: what a stream may send now."""
+        for at in range(max(0, len(self._text) - self._longest + 1), len(self._text)):
+            if any(s.startswith(self._text[at:]) for s in self._stop):
+                return at
+        return len(self._text)

@@ -1,0 +1,79 @@
+"""A whole engine around a tiny Hugging Face OPT with random weights, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from support.hf_opt import config_of, metaseq_weights, tiny_opt
+from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from transformers import OPTForCausalLM
+
+from metaseq_api.core import Completion, Request, SamplingParams
+from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.engine import Engine, Limits
+from metaseq_api.engine.worker import Worker
+from metaseq_api.model.cache import KVCache
+from metaseq_api.model.opt import OPT
+from metaseq_api.model.weights import TensorWeights
+from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.scheduling.blocks import BlockPool
+from metaseq_api.scheduling.scheduler import Scheduler
+
+WINDOW = 96
+
+
+def tiny_model() -> OPTForCausalLM:
+    return tiny_opt("pre-norm", window=WINDOW, vocab_size=VOCAB_SIZE)
+
+
+@contextmanager
+def running_engine(
+    folder: Path,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    max_batch_tokens: int = 64,
+    max_batch_size: int = 32,
+    max_queue: int = 1000,
+    context: ParallelContext | None = None,
+    fails: bool = False,
+) -> Iterator[Engine]:
+    """Start an engine; at the end prove that it is idle, whole, and leaked no block."""
+    hf = tiny_model()
+    config, context = config_of(hf), context or ParallelContext()
+    model = OPT(config, context, torch.float32)
+    model.load(TensorWeights(metaseq_weights(hf)))
+    cache = KVCache(config, context, torch.float32, num_blocks=num_blocks, block_size=block_size)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size), max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size
+    )
+    engine = Engine(
+        worker=Worker(model, cache),
+        channel=Channel(context),
+        scheduler=scheduler,
+        tokenizer=tiny_tokenizer(folder),
+        limits=Limits(max_seq_len=WINDOW, max_samples=8, max_queue=max_queue),
+        model_name="tiny",
+        heartbeat_s=0.05,
+    )
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(grace_s=20)
+    assert engine.wait_failed(0) is fails
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    scheduler.pool.check_idle()
+    assert not engine._tracks
+    assert not engine._leaders
+    assert not engine._num_queued
+
+
+def ask(engine: Engine, *prompts: list[int] | str, **params: object) -> list[Completion]:
+    """Submit and wait."""
+    ids = tuple(tuple(engine.encode(p)) if isinstance(p, str) else tuple(p) for p in prompts)
+    request = Request(request_id="test", prompts=ids, params=SamplingParams(**params))  # type: ignore[arg-type]
+    return engine.submit(request).result(30)

@@ -1,0 +1,49 @@
+"""Drive a model by hand, one Batch after another, as the engine would."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaseq_api.core import Batch, BatchItem, ModelConfig
+from metaseq_api.model.attention import plan_step
+from metaseq_api.model.cache import KVCache
+from metaseq_api.model.opt import OPT, Weights
+from metaseq_api.parallel.context import ParallelContext
+
+
+class Driver:
+    """A loaded model with a small cache, on one rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        context: ParallelContext | None = None,
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 32,
+        block_size: int = 8,
+    ) -> None:
+        self.context = context or ParallelContext()
+        self.model = OPT(config, self.context, dtype)
+        self.model.load(weights)
+        self.cache = KVCache(config, self.context, dtype, num_blocks=num_blocks, block_size=block_size)
+
+    def step(self, *items: tuple[list[int], int, list[int]]) -> list[Tensor]:
+        """Feed (all tokens so far, how many the cache holds, blocks) of each sequence; logits of every fed token."""
+        batch = Batch(
+            items=tuple(
+                BatchItem(
+                    start=cached,
+                    token_ids=tuple(tokens[cached:]),
+                    block_ids=tuple(blocks[: -(-len(tokens) // self.cache.block_size)]),
+                    num_logits=len(tokens) - cached,
+                )
+                for tokens, cached, blocks in items
+            )
+        )
+        with torch.inference_mode():
+            plan = plan_step(Batch.unpack(batch.pack()), self.cache, self.context.device)
+            out = self.model.logits(self.model(plan, self.cache))
+        return [] if out is None else list(out.split([i.num_logits for i in batch.items]))
