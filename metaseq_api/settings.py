@@ -45,7 +45,7 @@ class Settings:
     """Sequences that run at once."""
     max_beam: int = 16
     """Most samples (n, best_of) of one prompt."""
-    block_size: int = 16
+    block_size: int = 32
     """Units: tokens per block of the KV cache."""
     cache_tokens: int | None = None
     """Units: tokens the KV cache holds; None: what memory allows, within bounds."""

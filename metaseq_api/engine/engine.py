@@ -139,6 +139,13 @@ class Engine:
         self._inbox.put((_WAKE, "wake"))
         self._ended.wait(grace_s + 10.0)
 
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Wait for the engine's end; whether it was a failure. Units: seconds."""
         return self._ended.wait(timeout) and self._failed

@@ -26,8 +26,6 @@ from metaseq_api.parallel.layers import ColumnLinear, Linear, RowLinear, Source,
 class Weights(Protocol):
     """A checkpoint as the model sees it: whole tensors by metaseq's names, q, k and v apart."""
 
-    def names(self) -> frozenset[str]: ...
-
     def tensor(self, name: str) -> Source: ...
 
 

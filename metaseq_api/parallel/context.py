@@ -60,7 +60,7 @@ class ParallelContext:
 
 
 def join(*, rank: int, world_size: int, init: str, device: torch.device, timeout_s: float) -> ParallelContext:
-    """Meet the other ranks at `init` (file:///path or tcp://host:port) and form the groups.
+    """Meet the other ranks at `init` (file:///path, tcp://host:port or agent://host:port) and form the groups.
 
     Units: timeout_s seconds, after which a collective gives a lost rank up.
     """
@@ -89,8 +89,10 @@ def leave(context: ParallelContext) -> None:
 def _store(init: str, rank: int, world_size: int) -> Any:
     if init.startswith("file://"):
         return dist.FileStore(init[len("file://") :], world_size)  # type: ignore[attr-defined]
-    host, _, port = init.removeprefix("tcp://").rpartition(":")
+    scheme, _, address = init.partition("://")
+    host, _, port = address.rpartition(":")
+    listens = scheme == "tcp" and rank == 0  # behind agent:// torchrun's own agent listens already
     patience = datetime.timedelta(minutes=10)  # nodes of one job may start minutes apart
     return dist.TCPStore(  # type: ignore[attr-defined]
-        host.strip("[]"), int(port), world_size, is_master=rank == 0, timeout=patience
+        host.strip("[]"), int(port), world_size, is_master=listens, timeout=patience
     )

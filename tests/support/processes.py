@@ -67,6 +67,7 @@ class Family:
         """Wait until every rank has reported, and return the reports."""
         files = [self.folder / f"rank{r}.json" for r in range(num_ranks)]
         until(lambda: all(f.exists() for f in files) or self.parent.poll() is not None, "every rank to be up")
+        assert all(f.exists() for f in files), self.end()
         return [json.loads(f.read_text()) for f in files]
 
     def go(self) -> None:
@@ -80,9 +81,13 @@ class Family:
     def pids(self) -> list[int]:
         return [json.loads(f.read_text())["pid"] for f in self.folder.glob("rank*.json")]
 
+    def assert_nothing_left_running(self) -> None:
+        """No process outlives the parent."""
+        until(lambda: all(gone(pid) for pid in self.pids()), "every rank to be gone", seconds=5)
+
     def assert_nothing_left(self) -> None:
         """No process and no file outlives the parent."""
-        until(lambda: all(gone(pid) for pid in self.pids()), "every rank to be gone", seconds=5)
+        self.assert_nothing_left_running()
         assert list(self.temp.iterdir()) == []
 
 

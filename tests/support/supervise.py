@@ -1,4 +1,4 @@
-"""`python -m support.supervise NUM_RANKS GRACE_S`: dummy ranks under the real supervisor, as the door would run them."""
+"""`python -m support.supervise NUM_RANKS GRACE_S`: dummy ranks under the real supervisor, as from the door."""
 
 from __future__ import annotations
 

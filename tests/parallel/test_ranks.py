@@ -1,0 +1,71 @@
+"""Two and four gloo ranks compute what one computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import rank_logits
+from support.hf_opt import config_of, metaseq_weights, tiny_opt
+from support.steps import Driver
+
+from metaseq_api.model.weights import TensorWeights
+from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.parallel.layers import ColumnLinear, RowLinear, VocabEmbedding
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_together_give_one_ranks_logits(size: int, tmp_path: Path) -> None:
+    script, out = Path(rank_logits.__file__), tmp_path / "logits.pt"
+    env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(r), str(size), str(tmp_path / "store"), str(out)], env=env)
+        for r in range(size)
+    ]
+    assert [p.wait(120) for p in ranks] == [0] * size
+    for (variant, dtype), got in zip(rank_logits.CASES, torch.load(out), strict=True):
+        hf = tiny_opt(variant)
+        want = rank_logits.run(Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), dtype=dtype))
+        # bf16: partial sums are rounded to 8 bits before they are added up
+        close = 1e-4 if dtype is torch.float32 else 8 * 2.0**-8 * float(want.std())
+        torch.testing.assert_close(got, want, atol=close, rtol=0)
+
+
+class Recorder:
+    """A Source that remembers which bytes were asked for."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value, self.asked = value, 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        self.asked += self.value.narrow(dim, start, stop - start).numel()
+        return self.value.narrow(dim, start, stop - start)
+
+
+def test_each_rank_reads_only_what_it_keeps() -> None:
+    weight, bias = torch.randn(16, 8), torch.randn(16)
+    for kind, share, bias_share in ((ColumnLinear, 4, 4), (RowLinear, 4, 16)):
+        for rank in range(4):
+            w, b = Recorder(weight), Recorder(bias)
+            layer = kind(ParallelContext(rank=rank, tensor_size=4), torch.float16)
+            layer.load([w], [b])
+            assert w.asked == weight.numel() // share
+            assert b.asked == (bias.numel() * bias_share // 16 if kind is ColumnLinear or rank == 0 else 0)
+    table = Recorder(weight)
+    VocabEmbedding(ParallelContext(rank=3, tensor_size=4), torch.float16).load(table, None)
+    assert table.asked == weight.numel() // 4
+
+
+def test_fused_columns_keep_each_sources_own_rows() -> None:
+    q, k = torch.arange(8.0).reshape(4, 2), torch.arange(8.0, 16.0).reshape(4, 2)
+    layer = ColumnLinear(ParallelContext(rank=1, tensor_size=2), torch.float16)
+    layer.load([Recorder(q), Recorder(k)], [])
+    assert layer.weight.tolist() == [[4, 5], [6, 7], [12, 13], [14, 15]]

@@ -1,0 +1,124 @@
+"""An engine without a model: bytes are tokens, and the completion of a prompt is the alphabet. Pure Python.
+
+Id 2 is </s>; byte b is id b + 4. Sample s of a prompt starts at letter s, so that samples differ; a newline (never
+generated) cannot end it, a stop string can. Answers wait while `hold` is set; `fail_with` is raised instead of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+import threading
+from collections.abc import Sequence as Seq
+
+from metaseq_api.core import Completion, FinishReason, Health, Request, TokenLogprobs
+from metaseq_api.errors import EngineStopped
+
+FIRST_BYTE = 4
+UNLIKELY = float("-inf")
+
+
+class FakeAnswer:
+    """One answer; `cancelled` tells whether it was given up."""
+
+    def __init__(self, engine: FakeEngine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self.cancelled = threading.Event()
+
+    def result(self, timeout: float | None = None) -> list[Completion]:
+        if not self._engine.free.wait(timeout):
+            raise TimeoutError
+        if self._engine.fail_with is not None:
+            raise self._engine.fail_with
+        return [
+            self._engine.complete(self._request, p, s)
+            for p in range(len(self._request.prompts))
+            for s in range(self._request.params.n)
+        ]
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class FakeEngine:
+    """Remembers every request and answer."""
+
+    model_name = "fake"
+
+    def __init__(self, max_seq_len: int = 64) -> None:
+        self.max_seq_len = max_seq_len
+        self.vocab_size = FIRST_BYTE + 256
+        self.requests: list[Request] = []
+        self.answers: list[FakeAnswer] = []
+        self.submitted = threading.Semaphore(0)
+        self.free = threading.Event()
+        self.free.set()
+        self.fail_with: Exception | None = None
+        self.stopped = ""
+        self.rank_age_s: tuple[float, ...] = (0.25, float("inf"))
+
+    def hold(self) -> None:
+        """Let requests wait until `free` is set."""
+        self.free.clear()
+
+    def encode(self, text: str) -> list[int]:
+        return [FIRST_BYTE + b for b in text.replace("\r\n", "\n").replace("\r", "\n").encode()]
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        return bytes(t - FIRST_BYTE for t in token_ids if t >= FIRST_BYTE).decode(errors="replace")
+
+    def submit(self, request: Request) -> FakeAnswer:
+        if self.stopped:
+            raise EngineStopped(self.stopped)
+        answer = FakeAnswer(self, request)
+        self.requests.append(request)
+        self.answers.append(answer)
+        self.submitted.release()
+        return answer
+
+    def health(self) -> Health:
+        return Health(
+            alive=not self.stopped,
+            reason=self.stopped,
+            num_running=sum(not a.cancelled.is_set() for a in self.answers) if not self.free.is_set() else 0,
+            num_waiting=0,
+            num_free_blocks=8,
+            num_blocks=8,
+            rank_age_s=self.rank_age_s,
+        )
+
+    def complete(self, request: Request, prompt_index: int, sample_index: int) -> Completion:
+        params, prompt_ids = request.params, request.prompts[prompt_index]
+        letters = itertools.islice(itertools.cycle(string.ascii_lowercase), sample_index, None)
+        text = "".join(itertools.islice(letters, params.max_tokens))
+        num_tokens, reason = len(text), FinishReason.LENGTH
+        for stop in params.stop:
+            if stop in text[params.min_tokens :]:
+                at = text.index(stop, params.min_tokens)
+                num_tokens, reason, text = at + len(stop), FinishReason.STOP, text[:at]
+        prompt = self.decode(prompt_ids)
+        generated = self.encode(text)
+        shown = [*prompt_ids, *generated] if params.echo else generated
+        return Completion(
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            text=prompt + text if params.echo else text,
+            token_ids=tuple(generated),
+            finish_reason=reason,
+            num_prompt_tokens=len(prompt_ids),
+            num_tokens=num_tokens,
+            logprobs=None if params.logprobs is None else self._logprobs(shown, params.logprobs, params.echo, len(prompt)),
+        )
+
+    def _logprobs(self, ids: Seq[int], k: int, echo: bool, prompt_len: int) -> TokenLogprobs:
+        tokens = tuple(self.decode([i]) for i in ids)
+        known = tuple(None if echo and at == 0 else -0.5 for at in range(len(ids)))
+        first = 0 if echo else prompt_len
+        return TokenLogprobs(
+            tokens=tokens,
+            token_logprobs=known,
+            top_logprobs=None
+            if k == 0
+            else tuple(None if p is None else {t: p, "never": UNLIKELY} for t, p in zip(tokens, known, strict=True)),
+            text_offset=tuple(range(first, first + len(ids))),
+        )

@@ -1,0 +1,43 @@
+"""One rank of a tensor-parallel forward pass: python rank_logits.py RANK SIZE STORE OUT. Rank 0 saves its logits."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from support.hf_opt import config_of, metaseq_weights, tiny_opt
+from support.steps import Driver
+
+from metaseq_api.model.weights import TensorWeights
+from metaseq_api.parallel.context import join, leave
+
+CASES = (("pre-norm", torch.float32), ("350m", torch.float32), ("pre-norm", torch.bfloat16))
+PROMPT = [2, *range(10, 40)]
+
+
+def run(driver: Driver) -> torch.Tensor:
+    """A prefill, a chunk, and a decoding step beside a second prompt."""
+    blocks, others = [3, 1, 0, 6], [9, 8]
+    got = driver.step((PROMPT[:20], 0, blocks))
+    got += driver.step((PROMPT[:29], 20, blocks))
+    got += driver.step((PROMPT[:30], 29, blocks), (PROMPT[:9], 0, others))
+    got += driver.step((PROMPT, 30, blocks), (PROMPT[:10], 9, others))
+    return torch.cat(got) if got else torch.empty(0)
+
+
+def main() -> None:
+    rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    context = join(rank=rank, world_size=size, init=f"file://{store}", device=torch.device("cpu"), timeout_s=60)
+    found = []
+    for variant, dtype in CASES:
+        hf = tiny_opt(variant)
+        found.append(run(Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), context=context, dtype=dtype)))
+    context.wait_for_all("done", timeout_s=60)
+    if rank == 0:
+        torch.save(found, out)
+    leave(context)
+
+
+if __name__ == "__main__":
+    main()

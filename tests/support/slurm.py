@@ -1,0 +1,30 @@
+"""A throw-away SLURM as a pytest fixture, or the reason why there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
+
+
+def _run(*args: str) -> str | None:
+    """The reason why the script failed, or None."""
+    done = subprocess.run(["bash", str(SCRIPT), *args], capture_output=True, text=True, timeout=180, check=False)
+    return None if done.returncode == 0 else done.stderr.strip() or f"slurm_cluster.sh {args[0]} failed"
+
+
+def cluster(*, nodes: int, gpus: int, cpus: int) -> Iterator[Path]:
+    """Yield the slurm.conf of a cluster that stands until the generator is resumed; skip where none can be had."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:
+        folder = Path(parent) / "cluster"
+        try:
+            if reason := _run("install") or _run("start", str(folder), *map(str, (nodes, gpus, cpus))):
+                pytest.skip(f"no SLURM here: {reason}")
+            yield folder / "slurm.conf"
+        finally:
+            _run("stop", str(folder))
