@@ -1,0 +1,22 @@
+"""The files of a checkpoint: found, read piecewise, and resharded. Imports torch; does not know the model code.
+
+unpickle    a pickle as plain data: nothing named in it is imported or called
+inert       what such data says, without the foreign objects in it
+archive     one file of torch.save, memory-mapped
+flat        the arithmetic of fairscale's flat parameters
+rules       names, and how metaseq splits each tensor over parts
+tensors     tensors in pieces, read by rows and columns
+folder      which files make one checkpoint
+part        one tensor-parallel part out of its shards
+checkpoint  the whole model: a config, and tensors of which any slice can be read
+write       a file written piecewise, under its name only when whole
+contents    what goes into one file of a resharded checkpoint
+reshard     any parts and shards to any others
+door        what the scripts on checkpoints share: flags, progress, errors
+trainer     writes what metaseq's trainer leaves (needs fairscale; the demo and the tests use it)
+"""
+
+from metaseq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from metaseq_api.checkpoint.tensors import LogicalTensor
+
+__all__ = ["Checkpoint", "LogicalTensor", "open_checkpoint"]

@@ -1,0 +1,1 @@
+"""Processes of one machine and their place among the ranks of a job. Prohibited here: torch."""

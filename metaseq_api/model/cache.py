@@ -5,6 +5,9 @@ Shapes: P blocks of the pool, H this rank's heads, S tokens of a block, D head w
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +26,8 @@ class KVCache:
         self.block_size = block_size
         self.num_heads = config.num_heads // context.tensor_size
         shape = (num_blocks, self.num_heads, block_size, config.head_dim)
-        # zeros, not empty: unwritten slots are multiplied by a weight of zero, and must not hold NaN
-        self.keys = [torch.zeros(shape, dtype=dtype, device=context.device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=context.device) for _ in range(config.num_layers)]
+        self.keys = [_zeros(shape, dtype, context.device) for _ in range(config.num_layers)]
+        self.values = [_zeros(shape, dtype, context.device) for _ in range(config.num_layers)]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, tensor_size: int, dtype: torch.dtype, block_size: int) -> int:
@@ -47,3 +49,14 @@ class KVCache:
         """Wipe the values of blocks that change hands half filled: a former owner's NaN must not outlive it."""
         for values in self.values:
             values.index_fill_(0, blocks, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since unwritten slots are multiplied by a weight of zero and must not hold NaN.
+
+    On a CPU the pages are the kernel's zeros, taken when first written: torch.zeros would touch them all (4 GiB took
+    10 s at start-up, 2026-11-20).
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

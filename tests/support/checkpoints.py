@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.trainer import FlatOPT, write_trainer_checkpoint
 from metaseq_api.core.config import ModelConfig
-from torch import Tensor
 
 TINY = ModelConfig(num_layers=2, hidden_dim=16, num_heads=4, ffn_dim=32, vocab_size=24, max_positions=14)
 LAYOUTS = [(1, 1), (1, 3), (2, 2), (2, 7), (4, 5), (1, 124)]
-"""(parts, shards); 124 shards of 3952 numbers leave several of padding alone in the smaller unit."""
+"""(parts, shards). 672 numbers of the root over 124 shards are 112 slices of 6: the last twelve are all padding."""
 
 
 def fused_weights(config: ModelConfig = TINY, seed: int = 0) -> dict[str, Tensor]:

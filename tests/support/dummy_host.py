@@ -30,7 +30,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
     told = {"pid": os.getpid(), "rank": dataclasses.asdict(rank), "settings": settings_to_dict(settings)}
     told["port"] = sock.getsockname()[1] if sock else None
     told["cuda"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-    told["store_mode"] = oct(Path(rank.init[7:]).parent.stat().st_mode & 0o777) if rank.init[:4] == "file" else None
+    told["store"] = store(rank.init)
     part = here / f"rank{rank.rank}.part"
     part.write_text(json.dumps(told))
     part.rename(part.with_suffix(".json"))
@@ -38,6 +38,14 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
         return 0
     wait_for(here / "go")
     return act(role, rank, here)
+
+
+def store(init: str) -> list[object] | None:
+    """Device and inode, rights and number of names of the file where the ranks meet."""
+    if not init.startswith("file://"):
+        return None
+    stat = os.stat(init[len("file://") :])
+    return [stat.st_dev, stat.st_ino, oct(stat.st_mode & 0o777), stat.st_nlink]
 
 
 def act(role: str, rank: RankInfo, here: Path) -> int:

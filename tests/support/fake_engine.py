@@ -107,7 +107,9 @@ class FakeEngine:
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=num_tokens,
-            logprobs=None if params.logprobs is None else self._logprobs(shown, params.logprobs, params.echo, len(prompt)),
+            logprobs=None
+            if params.logprobs is None
+            else self._logprobs(shown, params.logprobs, params.echo, len(prompt)),
         )
 
     def _logprobs(self, ids: Seq[int], k: int, echo: bool, prompt_len: int) -> TokenLogprobs:

@@ -1,0 +1,144 @@
+"""metaseq-api-local: load a checkpoint over the GPUs or CPUs at hand and serve it.
+
+    metaseq-api-local [CHECKPOINT] [--model-parallel N] [--port P] ...        the demo where nothing is named
+    srun --ntasks-per-node 1 --gpus-per-node 8 python -m metaseq_api.cli.interactive_hosted CHECKPOINT
+
+Started by a shell, or by srun with one task per node, it starts one process per rank and watches over them without ever
+loading torch; started by srun or torchrun with one task per rank it is that rank.
+
+Exit codes: 0 after Ctrl-C, SIGTERM or scancel (130 where a second Ctrl-C cut the end short); 20 where a rank died or
+was lost; else the code of the error it prints in one line (errors.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from metaseq_api import __version__, log, settings
+from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, ResourceError, SettingsError, TokenizerError
+from metaseq_api.launch import child, rendezvous, supervisor
+from metaseq_api.settings import Settings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line, with the flag that was probably meant."""
+        hints = []
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            hints += [f"did you mean {near[0]}?"] if word.startswith("-") and near else []
+        raise SettingsError("; ".join([message, *hints, "see --help"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="metaseq-api-local",
+        description="Serve an OPT checkpoint over HTTP, straight from its FSDP shards or model parts.",
+        epilog="What no flag says is taken from constants.py, then from the checkpoint itself.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder of FSDP shards or model parts (default: the demo)")
+    add("--host", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, help="port to listen on; 0 takes a free one (default: 6010)")
+    add("--model-parallel", type=int, metavar="N", help="ranks the model is split over (default: every visible GPU)")
+    add("--dtype", choices=settings.DTYPES, help="of weights and cache (default: as stored on a GPU, fp32 on a CPU)")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    add("--constants", metavar="FILE", help=f"default: ${settings.ENV_CONSTANTS}, else ./constants.py")
+    add("--vocab-filename", dest="bpe_vocab", metavar="FILE", help="default: beside the checkpoint")
+    add("--merges-filename", dest="bpe_merges", metavar="FILE", help="default: beside the checkpoint")
+    add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and completion (default: the model's window)")
+    add("--max-batch-tokens", type=int, metavar="N", help="tokens fed in one step (default: 2048)")
+    add("--threads", type=int, metavar="N", help="CPU threads of one rank (default: an even share of the cores)")
+    add("--verbose", action="store_true", help="log more")
+    add("--version", action="version", version=f"metaseq-api {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, *, host_module: str = supervisor.HOST_MODULE) -> int:
+    """Serve until stopped; returns the exit code."""
+    try:
+        flags = vars(_parser().parse_args(argv))
+        constants, verbose = flags.pop("constants"), flags.pop("verbose")
+        log.setup(verbose=verbose)
+        chosen, remarks = settings.load(flags, constants=constants)
+        for remark in remarks:
+            print(f"metaseq-api-local: {remark}", file=sys.stderr)
+        return _serve(chosen, host_module, verbose)
+    except MetaseqApiError as e:
+        _tell(e)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
+    _check_files(chosen)
+    placement = rendezvous.detect(os.environ)
+    num_ranks = _num_ranks(chosen, placement, rendezvous.visible_gpus(os.environ))
+    chosen = dataclasses.replace(chosen, model_parallel=num_ranks)
+    # before anything is started: a port in use is said at once, and nothing has to be undone
+    sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
+    if placement.rank is not None:
+        log.setup(placement.rank.rank, verbose=verbose)
+        agent = os.getppid() if placement.under_agent else None
+        child.rank_setup(placement.rank.rank, parent_pid=agent, grace_s=supervisor.GRACE_S)
+        child.be(host_module, chosen, placement.rank, sock, _tell)
+    return supervisor.supervise(placement, num_ranks, chosen, sock=sock, module=host_module, verbose=verbose)
+
+
+def _tell(error: MetaseqApiError) -> None:
+    print(f"metaseq-api-local: error: {error}", file=sys.stderr)
+
+
+def _check_files(chosen: Settings) -> None:
+    """Refuse what is not there before a process is started for it.
+
+    A file may be named the way metaseq names one, reshard.pt for reshard-model_part-0.pt and its siblings.
+    """
+    path = chosen.checkpoint
+    siblings = (p.name for p in path.parent.glob("*.pt"))
+    if not path.exists() and not any(name.startswith(path.name.removesuffix(".pt") + "-") for name in siblings):
+        raise CheckpointNotFound(f"no checkpoint at {path}: no such file or folder; name a folder of its *.pt files")
+    for flag, file in (("--vocab-filename", chosen.bpe_vocab), ("--merges-filename", chosen.bpe_merges)):
+        if file is not None and not file.is_file():
+            raise TokenizerError(f"{flag} (or constants.py) names {file}, which is not a file")
+
+
+def _num_ranks(chosen: Settings, placement: rendezvous.Placement, num_gpus: int) -> int:
+    """How many ranks the model is split over: as told, else the launcher's number, else one per visible GPU, else 1."""
+    told = chosen.model_parallel
+    if placement.rank is not None:
+        if told not in (None, placement.rank.world_size):
+            raise SettingsError(
+                f"the model is to be split over {told} ranks, but srun or torchrun started {placement.rank.world_size} "
+                "tasks; start as many, or leave --model-parallel and MODEL_PARALLEL out"
+            )
+        return placement.rank.world_size
+    on_gpu = num_gpus > 0 and chosen.device != "cpu"
+    if told is None:
+        return placement.num_nodes * (num_gpus if on_gpu and not chosen.demo else 1)
+    here = -(-told // placement.num_nodes)
+    if on_gpu and here > num_gpus:
+        raise ResourceError(
+            f"{here} ranks on {placement.node} need {here} GPUs, but {num_gpus} are visible; "
+            f"pass --model-parallel {num_gpus * placement.num_nodes} or --device cpu, or ask SLURM for more"
+        )
+    return told
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    from metaseq_api.server.run import bind  # Flask is not loaded for --help, nor on nodes that do not serve
+
+    return bind(host, port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""One file written by torch.save, opened without torch.load: its object tree, and views of its tensors.
+
+Opening reads the zip directory and the pickle. A view maps the pages of one tensor and lets go of them, and of the
+file, when it is dropped: a thousand files at a time need no thousand handles, and a file larger than memory no room.
+Every offset the file states is checked against the file before it is used. Does not know metaseq.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from metaseq_api.checkpoint.unpickle import StoredTensor, read_pickle
+from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+REMEDY = "fetch or write the file again"
+
+
+class Archive:
+    """A checkpoint file: `tree` is what was saved, with a StoredTensor for each tensor.
+
+    Raises: CheckpointNotFound, CheckpointCorrupt, both naming the file; so do all methods.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts: dict[str, int] = {}
+        try:
+            with path.open("rb") as file:
+                self._identity = _identity(file)
+                self.size = file.seek(0, os.SEEK_END)
+                self._records = self._directory(file)
+                if "data.pkl" not in self._records:
+                    raise self.corrupt("is a zip file, but torch.save did not write it (no data.pkl)")
+                if "byteorder" in self._records and self._bytes(file, "byteorder") != b"little":
+                    raise self.corrupt("is not from a little-endian machine", "save it again on one")
+                pickled = self._bytes(file, "data.pkl")
+        except OSError as error:
+            raise self._unreadable(error) from None
+        try:
+            self.tree: Any = read_pickle(pickled)
+        except ValueError as error:
+            raise self.corrupt(str(error)) from None
+
+    def corrupt(self, what: str, remedy: str = REMEDY) -> CheckpointCorrupt:
+        """Make the error that says what is wrong with this file."""
+        return CheckpointCorrupt(f"{self.path} {what}; {remedy}")
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        if isinstance(error, FileNotFoundError):
+            return CheckpointNotFound(f"{self.path} does not exist; name an existing file")
+        return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it readable")
+
+    def _directory(self, file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
+        """Records by name, without the folder that torch.save puts before each."""
+        file.seek(0)
+        head = file.read(4)
+        if not head:
+            raise self.corrupt("is empty")
+        if head[:1] == b"\x80":
+            raise self.corrupt(
+                "is in the format of torch before 1.6, which cannot be read piecewise",
+                "convert it once with torch.load and torch.save",
+            )
+        if head != b"PK\x03\x04":
+            raise self.corrupt("is not a file of torch.save")
+        try:
+            infos = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError):
+            raise self.corrupt(f"is cut off or damaged: its {self.size} bytes do not end in a directory") from None
+        records: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            name = info.filename.partition("/")[2] or info.filename
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or name in records:
+                raise self.corrupt(f"holds {info.filename!r} twice, compressed or encrypted")
+            if not 0 <= info.header_offset <= self.size - LOCAL_HEADER.size - info.file_size:
+                raise self.corrupt(f"is cut off or damaged: {info.filename!r} lies outside its {self.size} bytes")
+            records[name] = info
+        return records
+
+    def _start(self, file: IO[bytes], name: str) -> int:
+        """Where a record's bytes begin; the header before them has a length of its own."""
+        if name not in self._starts:
+            info = self._records[name]
+            file.seek(info.header_offset)
+            mark, name_len, extra_len = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            start = info.header_offset + LOCAL_HEADER.size + name_len + extra_len
+            if mark != b"PK\x03\x04" or info.file_size > self.size - start:
+                raise self.corrupt(f"is cut off or damaged: {info.filename!r} lies outside its {self.size} bytes")
+            self._starts[name] = start
+        return self._starts[name]
+
+    def _bytes(self, file: IO[bytes], name: str) -> bytes:
+        file.seek(self._start(file, name))
+        return file.read(self._records[name].file_size)
+
+    def check(self, tensor: StoredTensor) -> str:
+        """Find the record of a tensor's storage, and check that the tensor lies within."""
+        name = f"data/{tensor.key}"
+        info = self._records.get(name)
+        if info is None:
+            raise self.corrupt(f"has no record {name} for one of its tensors")
+        if tensor.end * tensor.dtype.itemsize > info.file_size:
+            raise self.corrupt(f"has {info.file_size} bytes in {name}, too few for the tensor kept there")
+        return name
+
+    def place(self, tensor: StoredTensor) -> int:
+        """Find the byte in the file at which a tensor's first number lies."""
+        name = self.check(tensor)
+        try:
+            with self.path.open("rb") as file:
+                return self._start(file, name) + tensor.offset * tensor.dtype.itemsize
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def view(self, tensor: StoredTensor) -> Tensor:
+        """Map a tensor without reading it; to be copied from, not written to."""
+        name, width = self.check(tensor), tensor.dtype.itemsize
+        if tensor.numel == 0:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        count = tensor.end - tensor.offset
+        try:
+            with self.path.open("rb") as file:
+                if _identity(file) != self._identity:
+                    raise self.corrupt("was changed while it was being read", "start again")
+                start = self._start(file, name) + tensor.offset * width
+                base = start - start % mmap.ALLOCATIONGRANULARITY
+                # Private and writable, though never written to: torch warns about read-only buffers.
+                window = mmap.mmap(
+                    file.fileno(),
+                    start - base + count * width,
+                    flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                    offset=base,
+                )
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if start % width:
+            flat = torch.frombuffer(window, dtype=torch.uint8, count=count * width, offset=start - base).clone()
+            flat = flat.view(tensor.dtype)
+        else:
+            flat = torch.frombuffer(window, dtype=tensor.dtype, count=count, offset=start - base)
+        return flat.as_strided(tensor.shape, tensor.stride)
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

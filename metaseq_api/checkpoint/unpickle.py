@@ -1,0 +1,319 @@
+"""Reads the pickle inside a checkpoint as plain data: nothing that it names is imported, and nothing in it is called.
+
+A class or function named in the pickle becomes a `Global` (two strings), an object made by one becomes a `Stub` that
+remembers what it was given, and a tensor becomes a `StoredTensor`: where its numbers lie, not the numbers. So the
+machine below has no callable on its stack at any time, whatever the file says.
+
+Does not know files, or what metaseq keeps in them. Source of the opcodes: the standard library's pickletools.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+MAX_DIMS = 16
+MAX_SIZE = 2**40
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+DTYPES = {str(d).removeprefix("torch."): d for d in STORAGES.values()}
+
+BROKEN = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What a damaged pickle makes the machine raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """The name of a class or function; nothing more is known of it."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Stub:
+    """What the pickle says of an object of a foreign class."""
+
+    type: Global
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of numbers kept in a record of its own."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that was not read yet. Units: offset and stride in elements."""
+
+    key: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def end(self) -> int:
+        """One past the last element of the storage that it touches."""
+        if self.numel == 0:
+            return self.offset
+        return self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)) + 1
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in value):
+        raise ValueError("a tensor's sizes are not whole numbers")
+    return tuple(value)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> StoredTensor:
+    if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
+        raise ValueError("a tensor without a storage")
+    dtype = dtype or storage.dtype
+    numel = storage.numel * storage.dtype.itemsize // dtype.itemsize
+    out = StoredTensor(storage.key, dtype, offset, _sizes(shape), _sizes(stride))
+    if len(out.shape) != len(out.stride) or len(out.shape) > MAX_DIMS or out.end > numel or out.numel > numel:
+        raise ValueError("a tensor reaches past its storage")
+    return out
+
+
+def _parameter(data: Any, *_: Any) -> StoredTensor:
+    if not isinstance(data, StoredTensor):
+        raise ValueError("a parameter without a tensor")
+    return data
+
+
+def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor of unknown type")
+    return _tensor(storage, offset, shape, stride, dtype)
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    return OrderedDict((_key(key), value) for key, value in pairs)
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    if encoding != "latin1" or not isinstance(text, str):
+        raise ValueError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+def _typed(function: Any, _type: Any, args: Any, *_: Any) -> Any:
+    return _make(function, args)
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, stride, *_: _tensor(
+        storage, offset, shape, stride
+    ),
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch.Size": lambda sizes: torch.Size(_sizes(sizes)),
+    "collections.OrderedDict": _ordered,
+    "_codecs.encode": _bytes,
+    "copyreg._reconstructor": lambda kind, *_: _make(kind, ()),
+    "copy_reg._reconstructor": lambda kind, *_: _make(kind, ()),
+}
+"""Ours, every one; looked up by the name in the file and never handed to it."""
+
+
+def _make(kind: Any, args: Any) -> Any:
+    """What calling `kind` would have been."""
+    if isinstance(kind, Stub) and isinstance(args, tuple):  # a class found by getattr: a nested one
+        return Stub(kind.type, args)
+    if not isinstance(kind, Global) or not isinstance(args, tuple):
+        raise ValueError("a call of something that is not a name")
+    maker = MAKERS.get(str(kind))
+    return Stub(kind, args) if maker is None else maker(*args)
+
+
+_SCALARS = (str, int, float, bytes, type(None))
+
+
+def _key(key: Any) -> Any:
+    """A dict's key whose hash costs nothing: a nest of tuples could take for ever."""
+    if isinstance(key, _SCALARS) or (isinstance(key, tuple) and all(isinstance(k, _SCALARS) for k in key)):
+        return key
+    return str(key.type) if isinstance(key, Stub) else str(type(key))
+
+
+_KEPT = """PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE
+BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT EMPTY_SET GET BINGET LONG_BINGET PUT
+BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID"""
+"""Opcodes taken from the standard library's machine: they push numbers, texts and containers. What makes, changes or
+calls an object is written anew below; extensions and out-of-band buffers do not exist here."""
+
+_Base: Any = pickle._Unpickler  # the one in Python: its memo is a dict, not an array
+
+
+class _Machine(_Base):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = {
+        getattr(pickle, op)[0]: _Base.dispatch[getattr(pickle, op)[0]] for op in _KEPT.split()
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        return Global(module, name)
+
+    def persistent_load(self, pid: Any) -> Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise ValueError("an unknown reference")
+        kind, key, numel = pid[1], pid[2], pid[4]
+        if not (isinstance(kind, Global) and kind.name in STORAGES and type(key) is str and type(numel) is int):
+            raise ValueError("an unknown kind of storage")
+        return Storage(key, STORAGES[kind.name], numel)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = _make(self.stack[-1], args)
+
+    def load_newobj_ex(self) -> None:
+        kwargs = self.stack.pop()
+        self.load_reduce()
+        if kwargs and isinstance(self.stack[-1], Stub):
+            self.stack[-1].items["kwargs"] = kwargs
+
+    def load_inst(self) -> None:
+        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
+        args = self.pop_mark()
+        self.append(_make(self.find_class(module, name), tuple(args)))
+
+    def load_obj(self) -> None:
+        kind, *args = self.pop_mark()
+        self.append(_make(kind, tuple(args)))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Stub):
+            target.state = state
+        elif not isinstance(target, (OrderedDict, StoredTensor)):  # attributes of those say nothing about the weights
+            raise ValueError("state for something that has none")
+
+    def _extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Stub):
+            target.values.extend(values)
+        elif type(target) is list:
+            target.extend(values)
+        else:
+            raise ValueError("items for something that is not a list")
+
+    def load_append(self) -> None:
+        self._extend([self.stack.pop()])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _set(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        into = target.items if isinstance(target, Stub) else target
+        if not isinstance(into, dict):
+            raise ValueError("entries for something that is not a dict")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            into[_key(key)] = value
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        self._set([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def load_dict(self) -> None:
+        pairs = self.pop_mark()
+        self.append({})
+        self._set(pairs)
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise ValueError("members for something that is not a set")
+        self.stack[-1].update(map(_key, items))
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(map(_key, self.pop_mark())))
+
+    dispatch.update(
+        {
+            pickle.REDUCE[0]: load_reduce,
+            pickle.NEWOBJ[0]: load_reduce,
+            pickle.NEWOBJ_EX[0]: load_newobj_ex,
+            pickle.INST[0]: load_inst,
+            pickle.OBJ[0]: load_obj,
+            pickle.BUILD[0]: load_build,
+            pickle.APPEND[0]: load_append,
+            pickle.APPENDS[0]: load_appends,
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+            pickle.DICT[0]: load_dict,
+            pickle.ADDITEMS[0]: load_additems,
+            pickle.FROZENSET[0]: load_frozenset,
+        }
+    )
+
+
+def read_pickle(data: bytes) -> Any:
+    """Turn a pickle into dicts, lists, numbers, texts, Stubs and StoredTensors.
+
+    Raises: ValueError where it is damaged.
+    """
+    try:
+        return _Machine(io.BytesIO(data)).load()
+    except BROKEN as error:
+        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from None

@@ -1,0 +1,273 @@
+"""The routes: what each reads, whom it asks, what it answers; and every error, of any kind, as JSON.
+
+Knows HTTP. Does not know the fields of a body (`schema`), sockets and threads (`run`), or how text is made.
+The life of a request here: an id, a body, a `core.Request`, the engine's Answer awaited while the client is still
+there, JSON, one line in the log. A later guard (keys, limits) is one more `before_request`, after `begin`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import logging
+import math
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import flask
+from flask import Flask, Response, g
+from werkzeug.exceptions import HTTPException
+
+from metaseq_api.core import Completion, EngineProtocol, Request
+from metaseq_api.errors import (
+    EngineStopped,
+    MetaseqApiError,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RequestError,
+    UnsupportedMediaType,
+)
+from metaseq_api.server import fields, schema
+from metaseq_api.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 8 << 20
+"""Units: bytes."""
+POLL_S = 0.2
+"""Units: seconds between looks at whether the client of a running request is still there."""
+CLOSING = "metaseq_api.closing"
+"""Key of app.extensions: an Event; once it is set, waiting requests are given up and answered 503."""
+COMPLETION_PATHS = (
+    "/completions",
+    "/v1/completions",
+    "/v1/engines/<path:engine>/completions",
+    "/v2/engines/<path:engine>/completions",
+    "/engines/<path:engine>/completions",
+)
+RETRY_AFTER = {429: "1", 503: "5"}
+"""Units: seconds, by status."""
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_CLIENT_GONE = 499  # nobody reads it; nginx's number, for the log
+
+
+class _ClientGone(Exception):
+    """The client hung up before its answer was ready."""
+
+
+def create_app(
+    engine: EngineProtocol,
+    settings: Settings,
+    *,
+    clock: Callable[[], float] = time.time,
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+) -> Flask:
+    """The WSGI application that serves `engine`."""
+    app = Flask(__name__, static_folder=None, template_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY)
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    closing = app.extensions[CLOSING] = threading.Event()
+    front = _Front(engine, settings, clock, new_id, closing)
+
+    app.before_request(front.begin)
+    app.after_request(front.end)
+    for error, handler in (
+        (MetaseqApiError, front.refused),
+        (HTTPException, front.refused_by_flask),
+        (_ClientGone, lambda _: ("", _CLIENT_GONE)),
+        (Exception, front.failed),
+    ):
+        app.register_error_handler(error, handler)
+
+    for path in COMPLETION_PATHS:
+        app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
+    app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
+    app.add_url_rule("/v1/models", "models", front.models, methods=["GET"])
+    app.add_url_rule("/health", "health", front.health, methods=["GET"])
+    app.add_url_rule("/", "page", front.page, methods=["GET"])
+    return app
+
+
+class _Front:
+    """The views and hooks of one app."""
+
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        settings: Settings,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        closing: threading.Event,
+    ) -> None:
+        self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
+        self.started = int(clock())
+        self.html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
+
+    # views
+
+    def completions(self, engine: str | None = None) -> Response:
+        """`engine`, a part of some paths, is not looked at: one service serves one model, as metaseq's does."""
+        request = schema.parse_completion(_read_json(), self.engine, self.settings, f"cmpl-{self.new_id()}")
+        completions = self._complete(request)
+        created = int(self.clock())
+        answer = schema.render_completion(request, completions, model=self.engine.model_name, created=created)
+        return _json(answer)
+
+    def generate(self) -> Response:
+        if flask.request.mimetype in _FORMS:
+            if flask.request.files:
+                raise RequestError("a file was sent; send prefix and length as plain fields")
+            body = schema.form_to_body(flask.request.form.to_dict(flat=False))
+        else:
+            body = _read_json(" or a form")
+        request = schema.parse_generate(body, self.engine, f"gen-{self.new_id()}")
+        return _json(schema.render_generate(body["prefix"], self._complete(request)[0]))
+
+    def models(self) -> Response:
+        model = {
+            "id": self.engine.model_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "metaseq-api",
+            "max_model_len": self.engine.max_seq_len,
+        }
+        return _json({"object": "list", "data": [model]})
+
+    def health(self) -> Response:
+        """200 while requests are answered, else 503; never waits for the model."""
+        health = self.engine.health()
+        ages = [round(age, 3) if math.isfinite(age) else None for age in health.rank_age_s]
+        alive = health.alive and not self.closing.is_set()
+        answer = {
+            "status": "ok" if alive else "stopped",
+            "model": self.engine.model_name,
+            **dataclasses.asdict(health),
+            "rank_age_s": ages,
+        }
+        return _json(answer, 200 if alive else 503)
+
+    def page(self) -> Response:
+        headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
+        return Response(self.html, mimetype="text/html", headers=headers)
+
+    # the engine
+
+    def _complete(self, request: Request) -> list[Completion]:
+        """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
+        completions = self._await(request)
+        g.said = (
+            f"{request.request_id} prompts={len(request.prompts)} n={request.params.n}"
+            f" in={sum(map(len, request.prompts))} out={sum(c.num_tokens for c in completions)}"
+            f" reason={','.join(sorted({c.finish_reason.value for c in completions}))}"
+        )
+        return completions
+
+    def _await(self, request: Request) -> list[Completion]:
+        # waitress puts it there; under another server nobody can tell, and the answer is simply awaited
+        gone: Callable[[], bool] = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        answer = self.engine.submit(request)
+        try:
+            while True:
+                try:
+                    return answer.result(timeout=POLL_S)
+                except TimeoutError:
+                    if gone():
+                        raise _ClientGone from None
+                    if self.closing.is_set():
+                        raise EngineStopped("this server is stopping; send the request to another") from None
+        except BaseException:
+            answer.cancel()
+            raise
+
+    # hooks
+
+    def begin(self) -> None:
+        given = flask.request.headers.get("X-Request-Id", "")
+        g.http_id = given if _PLAIN_ID.fullmatch(given) else self.new_id()
+        g.began = time.monotonic()
+        g.said = "-"
+
+    def end(self, response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.http_id
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        if response.status_code in RETRY_AFTER:
+            response.headers["Retry-After"] = RETRY_AFTER[response.status_code]
+        rule = flask.request.url_rule.rule if flask.request.url_rule else "(no route)"
+        level = logging.DEBUG if flask.request.method == "GET" and response.status_code == 200 else logging.INFO
+        took_s = time.monotonic() - g.began
+        log.log(
+            level, "%s %s %s %d %.3f s %s", g.http_id, flask.request.method, rule, response.status_code, took_s, g.said
+        )
+        return response
+
+    # errors
+
+    def refused(self, error: MetaseqApiError) -> Response:
+        """What a client did wrong is told; what went wrong here is logged, and answered without detail."""
+        if not isinstance(error, RequestError):
+            return self._broken(error)
+        g.said = error.code
+        return _json(schema.render_error(error), error.status)
+
+    def refused_by_flask(self, error: HTTPException) -> Response:
+        allow = error.get_response().headers.get("Allow")
+        answer = self.refused(_translate(error, allow))
+        if allow:
+            answer.headers["Allow"] = allow
+        return answer
+
+    def failed(self, error: Exception) -> Response:
+        return self._broken(error)
+
+    def _broken(self, error: Exception) -> Response:
+        ours = error if isinstance(error, MetaseqApiError) else MetaseqApiError()
+        log.error("request %s failed", g.http_id, exc_info=error)
+        g.said = ours.code
+        says = f"something went wrong in the server; its log has the reason under request id {g.http_id}"
+        answer = _json(schema.render_error(ours, says), ours.status)
+        answer.headers["x-should-retry"] = "false"  # to openai's client: the same request would fail again
+        return answer
+
+
+def _json(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(body, allow_nan=False), status, mimetype="application/json")
+
+
+def _read_json(other: str = "") -> dict[str, Any]:
+    """The body of this request. Raises: UnsupportedMediaType, PayloadTooLarge, RequestError."""
+    request = flask.request
+    if not request.is_json:
+        sent = f"is {request.mimetype[:100]}" if request.mimetype else "is missing"
+        raise UnsupportedMediaType(
+            f"Content-Type {sent}; send JSON{other} and say so (curl: -H 'Content-Type: application/json')"
+        )
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("the body is compressed (Content-Encoding); send it as it is")
+    return fields.read_json(request.get_data(cache=False))
+
+
+def _translate(error: HTTPException, allow: str | None) -> RequestError:
+    """An error of flask's own, in our words: werkzeug's are for people in browsers."""
+    method, status = flask.request.method, error.code
+    if status == 404:
+        return NotFound("there is no such route; completions are at POST /v1/completions, the page is at GET /")
+    if status == 405:
+        return MethodNotAllowed(f"{method[:20]} is not for this route; use {allow or 'another method'}")
+    if status == 413:
+        return PayloadTooLarge(f"the body is longer than {MAX_BODY} bytes; send fewer prompts at once")
+    if status == 415:
+        return UnsupportedMediaType("the body has the wrong Content-Type; send application/json")
+    return RequestError(f"the request cannot be read ({error.name}); check its headers and body", code="bad_request")

@@ -1,0 +1,230 @@
+"""waitress around the app: from a bound port to the last answered request.
+
+Knows sockets, threads, limits of a connection and how to stop. Does not know the routes.
+One thread reads and writes all sockets, so that a slow or silent client costs a connection and never a thread; a thread
+of the pool is held only while a request runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import json
+import resource
+import socket
+import threading
+import time
+
+from flask import Flask
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+from waitress.task import ErrorTask
+
+from metaseq_api.errors import PayloadTooLarge, PortInUse, RequestError, SettingsError
+from metaseq_api.server.app import CLOSING, MAX_BODY
+from metaseq_api.server.schema import render_error
+
+DEFAULT_THREADS = 272
+"""A full batch of single-prompt requests (Settings.max_batch_size) and some for /health; idle ones cost little."""
+CONNECTION_LIMIT = 1024
+"""Most open connections; fewer where the process may not open twice as many files."""
+MAX_HEADER = 64 << 10
+"""Units: bytes."""
+IDLE_S = 120
+"""Units: seconds after which a connection without a running request is closed."""
+LAST_WORDS_S = 1.0
+"""Units: seconds that requests given up at the end of the grace get to say so."""
+_TICK_S = 0.05
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take a port, without listening yet: clients are refused until `Server` is made. Port 0 takes a free one.
+
+    Raises: PortInUse; SettingsError where this machine has no such address, or the port needs privileges.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        raise _no_address(host) from None
+    family, kind, proto, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, proto)
+    try:
+        try:
+            sock.bind(address)
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                raise
+            # Perhaps only connections of an earlier run, on their way out; this way they are no hindrance. Not tried
+            # first, for two sockets that both reuse an address, neither listening yet, would get the same port.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except OSError as e:
+        sock.close()
+        raise _explain(e, host, port) from None
+    return sock
+
+
+def _explain(error: OSError, host: str, port: int) -> PortInUse | SettingsError:
+    if error.errno == errno.EADDRINUSE:
+        return PortInUse(
+            f"port {port} on {host} is taken by another program; stop that or choose another with --port "
+            "(--port 0 takes a free one)"
+        )
+    if error.errno == errno.EACCES:
+        return SettingsError(f"port {port} needs privileges this user lacks; choose one from 1024 up with --port")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return _no_address(host)
+    return SettingsError(f"cannot listen on port {port} of {host} ({error.strerror}); try other --host and --port")
+
+
+def _no_address(host: str) -> SettingsError:
+    return SettingsError(f"--host {host} is not an address of this machine; use 127.0.0.1 or 0.0.0.0")
+
+
+def _connection_limit() -> int:
+    """Beyond it clients wait in the kernel's queue; out of descriptors, the accepting thread would spin."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTION_LIMIT if files == resource.RLIM_INFINITY else min(CONNECTION_LIMIT, files // 2)
+
+
+def _error_of_parser(status: int, says: str) -> RequestError:
+    if status == 413:
+        return PayloadTooLarge(f"the body is longer than {MAX_BODY} bytes; send fewer prompts at once")
+    if status == 431:
+        error = RequestError(f"the headers are longer than {MAX_HEADER} bytes; shorten them", code="headers_too_large")
+    elif status == 501:
+        error = RequestError("the Transfer-Encoding is not known here; use chunked or none", code="not_implemented")
+    else:
+        error = RequestError(f"the request is not HTTP as this server reads it ({says[:200]})", code="bad_request")
+    return error
+
+
+class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
+    """What waitress refuses by itself, before the app sees it, in the shape of every other error."""
+
+    def execute(self) -> None:
+        found = self.request.error
+        body = json.dumps(render_error(_error_of_parser(found.code, str(found.body)))).encode()
+        self.status = f"{found.code} {found.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    error_task_class = _JsonErrorTask
+
+
+class Server:
+    """One app on one bound socket. `start` serves from a thread of its own, `run` from the caller's; `stop` from any.
+
+    Raises: PortInUse where another program began to listen on the socket's port first.
+    """
+
+    def __init__(self, app: Flask, sock: socket.socket, *, threads: int = DEFAULT_THREADS) -> None:
+        self._sock = sock
+        self._closing: threading.Event = app.extensions[CLOSING]
+        host, port = sock.getsockname()[:2]
+        try:
+            self._waitress = create_server(
+                app,
+                sockets=[sock],
+                threads=threads,
+                ident="metaseq-api",
+                asyncore_use_poll=True,
+                backlog=CONNECTION_LIMIT,
+                channel_request_lookahead=1,  # keeps reading while a request runs, and so sees its client go
+                channel_timeout=IDLE_S,
+                clear_untrusted_proxy_headers=True,
+                connection_limit=_connection_limit(),
+                log_socket_errors=False,
+                max_request_body_size=2 * MAX_BODY,  # up to here it is read, so that the app's 413 surely arrives
+                max_request_header_size=MAX_HEADER,
+            )
+        except OSError as e:
+            sock.close()
+            raise _explain(e, host, port) from None
+        self._waitress.channel_class = _Channel
+        self._stop_at: float | None = None
+        self._runner: threading.Thread | None = None
+        self._ended = threading.Event()
+        self.host, self.port = str(host), int(port)
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        address = ipaddress.ip_address(self.host.partition("%")[0])
+        if address.is_unspecified:
+            return f"http://{'127.0.0.1' if address.version == 4 else '[::1]'}:{self.port}"
+        return f"http://{address if address.version == 4 else f'[{address}]'}:{self.port}"
+
+    def start(self) -> None:
+        """Serve from a thread of its own."""
+        self._runner = threading.Thread(target=self.run, name="http", daemon=True)
+        self._runner.start()
+
+    def run(self) -> None:
+        """Serve until `stop`, then let running requests finish within its grace."""
+        self._runner = threading.current_thread()
+        try:
+            while self._stop_at is None:
+                self._poll(1.0)
+            self._drain()
+        finally:
+            self._close()
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """Accept nothing new; end when the running requests have, at most `grace_s` later: those left over get a 503.
+
+        Returns when `run` has ended; at once when called, by a signal handler say, in the thread that runs it.
+        A second call can only shorten the first's grace.
+        """
+        stop_at = time.monotonic() + grace_s
+        self._stop_at = stop_at if self._stop_at is None else min(self._stop_at, stop_at)
+        if self._runner is None:
+            self._close()
+        elif not self._ended.is_set():
+            self._waitress.pull_trigger()
+            if self._runner is not threading.current_thread():
+                self._ended.wait()
+
+    def _poll(self, timeout_s: float) -> None:
+        wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._waitress._map, count=1)
+
+    def _drain(self) -> None:
+        self._stop_listening()
+        while self._close_idle() and time.monotonic() < (self._stop_at or 0):
+            self._poll(_TICK_S)
+        self._closing.set()
+        last = time.monotonic() + LAST_WORDS_S
+        while self._close_idle() and time.monotonic() < last:
+            self._poll(_TICK_S)
+
+    def _stop_listening(self) -> None:
+        """Refuse new connections. The trigger stays: threads need it to send their answers."""
+        with contextlib.suppress(OSError):  # closed before
+            self._sock.shutdown(socket.SHUT_RDWR)  # also where another process holds the socket too
+        wasyncore.dispatcher.close(self._waitress)
+
+    def _close_idle(self) -> bool:
+        """Close connections where no request runs and no answer is on its way; whether others are left."""
+        for channel in list(self._waitress.active_channels.values()):
+            if not channel.requests and not channel.total_outbufs_len:
+                channel.handle_close()
+        return bool(self._waitress.active_channels)
+
+    def _close(self) -> None:
+        if self._ended.is_set():
+            return
+        try:
+            self._closing.set()
+            for channel in list(self._waitress.active_channels.values()):
+                channel.handle_close()  # its request, if one runs, finds the client gone
+            self._stop_listening()
+            self._waitress.task_dispatcher.shutdown(timeout=LAST_WORDS_S)
+            self._waitress.trigger.close()
+        finally:
+            self._ended.set()

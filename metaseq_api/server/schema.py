@@ -1,0 +1,291 @@
+"""JSON in and out: bodies of /completions and /generate to Requests, Completions to answers, errors to objects.
+
+Knows every field of the wire and the bounds of one request. Does not know HTTP or who computes.
+Fields that metaseq or OpenAI define and this server does not do yet are taken at their neutral value alone: nothing is
+accepted and ignored. `null` means the default throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from metaseq_api.core import Completion, EngineProtocol, Request, SamplingParams, TokenLogprobs
+from metaseq_api.core.request import MAX_STOP, MAX_STOP_LEN
+from metaseq_api.errors import MetaseqApiError, RequestError
+from metaseq_api.server import fields
+from metaseq_api.settings import Settings
+
+MAX_PROMPTS = 1024
+MAX_USER_LEN = 256
+MAX_MESSAGE_LEN = 1000
+MIN_LOGPROB = -9999.0
+"""What -inf and NaN become, as OpenAI's and vLLM's answers have it: JSON has neither."""
+CHARS_PER_TOKEN = 256
+"""No token stands for more characters, so that a text longer than so many windows is refused before it is encoded."""
+PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
+
+_PARAMS: dict[str, Callable[[str, Any], Any]] = {
+    "max_tokens": fields.integer,
+    "min_tokens": fields.integer,
+    "temperature": fields.number,
+    "top_p": fields.number,
+    "top_k": fields.integer,
+    "seed": fields.integer,
+    "stop": fields.strings,
+    "n": fields.integer,
+    "best_of": fields.integer,
+    "echo": fields.flag,
+    "logprobs": fields.integer,
+    "ignore_eos": fields.flag,
+}
+# Fields of this API's family that are not offered yet, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "prompt_logprobs": (),
+    "timeout_ms": (),
+    "priority": (0,),
+    "alpha_presence": (0,),
+    "alpha_frequency": (0,),
+    "alpha_presence_src": (0,),
+    "alpha_frequency_src": (0,),
+    "alpha_src_penalty_end_idx": (-1, 0),
+    "lambda_decay": (-1, 0),
+}
+# metaseq's page always sends omega_bound; it bounds lambda_decay alone, so with that off every number asks for nothing
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *_PARAMS, *_NEUTRAL})
+_GENERATE_PARAMS = ("temperature", "top_p", "top_k", "min_tokens", "seed", "stop", "logprobs", "ignore_eos")
+_GENERATE_FIELDS = frozenset({"prefix", "length", *_GENERATE_PARAMS})
+
+
+def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: Settings, request_id: str) -> Request:
+    """What one client asks of /completions. `model` is any string: one service serves one model.
+
+    Raises: RequestError naming the field.
+    """
+    fields.refuse_unknown(body, _COMPLETION_FIELDS)
+    for name, neutral in _NEUTRAL.items():
+        _refuse_unless_neutral(name, body.get(name), neutral)
+    if body.get("omega_bound") is not None:
+        fields.number("omega_bound", body["omega_bound"])
+    if body.get("model") is not None:
+        fields.text("model", body["model"])
+    params = _read_params(body, engine.vocab_size)
+    prompts = _read_prompts(body.get("prompt"), engine)
+    _check_size(prompts, params, settings)
+    for i, ids in enumerate(prompts):
+        where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
+        _check_fits(len(ids), params.max_tokens, engine.max_seq_len, where, "max_tokens")
+    return Request(request_id=request_id, prompts=prompts, params=params, user=_read_user(body.get("user")))
+
+
+def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: str) -> Request:
+    """What one client asks of /generate: exactly `length` tokens after `prefix`, end-of-text suppressed.
+
+    A `stop` string, where one is given, may end it earlier. Source: metaseq b8924c0 interactive_hosted.py:327-349.
+    Raises: RequestError naming the field.
+    """
+    fields.refuse_unknown(body, _GENERATE_FIELDS)
+    for name in ("prefix", "length"):
+        if body.get(name) is None:
+            raise RequestError(f"{name} is missing; send prefix (a string) and length (a whole number)", param=name)
+    length = fields.integer("length", body["length"])
+    if length < 1:
+        raise fields.wrong("length", length, "1 or more")
+    ids = _encode("prefix", body["prefix"], engine)
+    _check_fits(len(ids), length, engine.max_seq_len, "prefix", "length")
+    given = {name: body[name] for name in _GENERATE_PARAMS if body.get(name) is not None}
+    defaults = {"temperature": 0.7, "top_p": 0.9, "logprobs": 0, "ignore_eos": True}
+    ends_early = given.get("stop") or given.get("ignore_eos") is False
+    defaults["min_tokens"] = 0 if ends_early else length
+    params = _read_params({**defaults, **given, "max_tokens": length}, engine.vocab_size)
+    return Request(request_id=request_id, prompts=(ids,), params=params)
+
+
+def form_to_body(values: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The fields of a form sent to /generate, typed as JSON would have them. Raises: RequestError."""
+    return fields.read_form(values, texts=("prefix",), lists=("stop",))
+
+
+def render_completion(request: Request, completions: Seq[Completion], *, model: str, created: int) -> dict[str, Any]:
+    """The answer of /completions: choices flat, prompts outer, samples inner; usage counts each prompt once."""
+    prompt_tokens = sum(c.num_prompt_tokens for c in completions[:: request.params.n])
+    completion_tokens = sum(c.num_tokens for c in completions)
+    return {
+        "id": request.request_id,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": index,
+                "text": c.text,
+                "logprobs": None if c.logprobs is None else _render_logprobs(c.logprobs),
+                "finish_reason": c.finish_reason.value,
+            }
+            for index, c in enumerate(completions)
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def render_generate(prefix: str, completion: Completion) -> dict[str, Any]:
+    """The answer of /generate; offsets count from the start of `text`, which has no prompt in front."""
+    logprobs = completion.logprobs
+    assert logprobs is not None, "parse_generate always asks for them"
+    wire = _render_logprobs(logprobs)
+    first = logprobs.text_offset[0] if logprobs.text_offset else 0
+    return {
+        "text": completion.text,
+        "tokens": wire["tokens"],
+        "text_offset": [offset - first for offset in logprobs.text_offset],
+        "token_scores": wire["token_logprobs"],
+        "top_logprobs": wire["top_logprobs"],
+        "prompt": prefix.replace("\r\n", "\n").replace("\r", "\n"),
+        "result": "success",
+    }
+
+
+def render_error(error: MetaseqApiError, message: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it. Only what a RequestError says reaches a client; others need `message`."""
+    assert message is not None or isinstance(error, RequestError)
+    says = str(error) if message is None else message
+    return {
+        "error": {
+            "message": says if len(says) <= MAX_MESSAGE_LEN else says[: MAX_MESSAGE_LEN - 3] + "...",
+            "type": error.type,
+            "param": getattr(error, "param", None),
+            "code": error.code,
+        }
+    }
+
+
+def _render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
+    top = logprobs.top_logprobs
+    return {
+        "tokens": list(logprobs.tokens),
+        "token_logprobs": [None if p is None else _finite(p) for p in logprobs.token_logprobs],
+        "text_offset": list(logprobs.text_offset),
+        "top_logprobs": None
+        if top is None
+        else [None if at is None else {token: _finite(p) for token, p in at.items()} for at in top],
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB
+
+
+def _refuse_unless_neutral(name: str, value: Any, neutral: Iterable[Any]) -> None:
+    # False == 0 in Python, but not on the wire
+    if value is not None and not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
+        raise RequestError(
+            f"{name} is {fields.found(value)}, which is not offered yet; leave it out",
+            param=name,
+            code="unsupported_field",
+        )
+
+
+def _read_user(value: Any) -> str | None:
+    if value is None:
+        return None
+    user = fields.text("user", value)
+    if len(user) > MAX_USER_LEN:
+        raise fields.wrong("user", user, f"at most {MAX_USER_LEN} characters long")
+    return user
+
+
+def _read_params(body: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+    given = {name: read(name, body[name]) for name, read in _PARAMS.items() if body.get(name) is not None}
+    stop = given.get("stop", ())
+    if len(stop) > MAX_STOP or any(len(s) > MAX_STOP_LEN for s in stop):  # before a message quotes it
+        raise RequestError(
+            f"stop is too much; at most {MAX_STOP} strings of 1 to {MAX_STOP_LEN} characters", param="stop"
+        )
+    if given.get("top_k", 0) > vocab_size:
+        given["top_k"] = vocab_size  # the same choice, and an integer of a sane size
+    return SamplingParams(**given)
+
+
+def _read_prompts(value: Any, engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
+    """Any of the four forms as token ids. "" is the bare start of a text; an empty array is nothing to continue."""
+    if value is None:
+        raise RequestError(f"prompt is missing; it must be {PROMPT_FORMS}", param="prompt")
+    if isinstance(value, str):
+        return (_encode("prompt", value, engine),)
+    if not isinstance(value, list) or not value:
+        raise fields.wrong("prompt", value, PROMPT_FORMS)
+    if isinstance(value[0], (int, float)) and not isinstance(value[0], bool):
+        return (_read_ids("prompt", value, engine.vocab_size),)
+    if len(value) > MAX_PROMPTS:
+        raise fields.wrong("prompt", value, f"at most {MAX_PROMPTS} prompts; send the rest in another request")
+    if isinstance(value[0], list):
+        return tuple(_read_ids(f"prompt[{i}]", ids, engine.vocab_size) for i, ids in enumerate(value))
+    if isinstance(value[0], str):
+        return tuple(_encode(f"prompt[{i}]", text, engine) for i, text in enumerate(value))
+    raise fields.wrong("prompt[0]", value[0], "a string, a token id or an array of token ids")
+
+
+def _encode(where: str, value: Any, engine: EngineProtocol) -> tuple[int, ...]:
+    text = fields.text(where, value)
+    if len(text) > CHARS_PER_TOKEN * engine.max_seq_len:
+        raise RequestError(
+            f"{where} is {len(text)} characters long, far over the model's {engine.max_seq_len} tokens; shorten it",
+            param=where.partition("[")[0],
+            code="context_length_exceeded",
+        )
+    return tuple(engine.encode(text))
+
+
+def _read_ids(where: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise fields.wrong(where, value, "a non-empty array of token ids, as the first of them is")
+    for i, v in enumerate(value):
+        if type(v) is not int or not 0 <= v < vocab_size:
+            raise fields.wrong(f"{where}[{i}]", v, f"a token id, a whole number from 0 to {vocab_size - 1}")
+    return tuple(value)
+
+
+def _check_size(prompts: Seq[Seq[int]], params: SamplingParams, settings: Settings) -> None:
+    name, samples = ("n", params.n) if params.best_of is None else ("best_of", params.best_of)
+    if samples > settings.max_beam:
+        raise fields.wrong(name, samples, f"at most {settings.max_beam}, this server's MAX_BEAM")
+    if len(prompts) * samples > settings.max_queue:
+        raise RequestError(
+            f"{len(prompts)} prompts with {samples} samples each are more than the {settings.max_queue} sequences "
+            "this server queues; send fewer at once",
+            param="prompt",
+        )
+
+
+def _check_fits(prompt_len: int, max_tokens: int, max_seq_len: int, prompt_name: str, length_name: str) -> None:
+    """Raises: RequestError naming the prompt where it is too long by itself, else the length that is too large."""
+    room = max_seq_len - 1 - prompt_len  # 1 for the leading </s>
+    if max_tokens <= room:
+        return
+    window = f"the model's window of {max_seq_len} tokens"
+    if room < 1:
+        at_most = max_seq_len - 1 - min(max_tokens, 1)
+        says = f"{prompt_name} is {prompt_len} tokens long; {window} takes at most {at_most}, so shorten it"
+        raise RequestError(says, param=prompt_name.partition("[")[0], code="context_length_exceeded")
+    raise RequestError(
+        f"{length_name} is {max_tokens}, but {prompt_name} and the leading </s> take {prompt_len + 1} of {window}; "
+        f"at most {room} fit, or shorten the prompt",
+        param=length_name,
+        code="context_length_exceeded",
+    )

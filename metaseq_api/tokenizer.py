@@ -1,0 +1,195 @@
+"""Text to token ids and back: byte-level BPE from a vocab.json and merges.txt pair, as OPT's models use it.
+
+Knows that ids come in model order with <s>, <pad>, </s>, <unk> in front, and which bytes each id stands for. No text is
+special: `</s>` in a prompt is four ordinary characters. Does not know the model, or which ids a request may hold.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Bpe
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from metaseq_api.errors import TokenizerError
+
+BOS_ID = 2
+"""Goes in front of every prompt: the models were trained on documents that each end in </s>."""
+EOS_ID = 2
+PAD_ID = 1
+START_ID = 0
+"""<s>: in the vocabulary, but neither trained on nor ever put in front."""
+UNK_ID = 3
+
+_FRONT = (("<s>", "<BOS>"), ("<pad>", "<PAD>"), ("</s>", "<EOS>"), ("<unk>", "<UNK>"))
+_NAMES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in GPT-2's files; bytes that do not print are moved to U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(moved)}
+
+
+_LETTERS = _byte_letters()
+
+
+def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[Path, Path]:
+    """The vocab and merges files: those named, else the first known pair beside the checkpoint or one folder up.
+
+    Raises: TokenizerError saying what was looked for.
+    """
+    if vocab is not None and merges is not None:
+        return vocab, merges
+    if vocab is not None or merges is not None:
+        given, missing = ("BPE_VOCAB", "BPE_MERGES") if merges is None else ("BPE_MERGES", "BPE_VOCAB")
+        raise TokenizerError(f"{given} names {vocab or merges} but {missing} is not set; the two go together, set both")
+    here = folder if folder.is_dir() else folder.parent
+    for place in (here, here.parent):
+        for names in _NAMES:
+            pair = place / names[0], place / names[1]
+            if pair[0].is_file() and pair[1].is_file():
+                return pair
+    wanted = " nor ".join(" with ".join(names) for names in _NAMES)
+    raise TokenizerError(
+        f"no tokenizer: neither {wanted} is in {here} or {here.parent}; "
+        "put OPT's two files there or name them with BPE_VOCAB and BPE_MERGES"
+    )
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    try:
+        vocab = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise TokenizerError(f"{path}: cannot be read as a JSON vocabulary: {e}") from e
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise TokenizerError(f"{path}: not a vocabulary; wanted one JSON object of token: id")
+    tokens = {i: token for token, i in vocab.items()}
+    hole = next((i for i in range(len(vocab)) if i not in tokens), None)
+    if hole is not None:
+        raise TokenizerError(f"{path}: {len(vocab)} tokens, but none has id {hole}; wanted ids 0 to n - 1, each once")
+    for i, names in enumerate(_FRONT):
+        if tokens.get(i) not in names:
+            raise TokenizerError(
+                f"{path}: id {i} is {tokens.get(i)!r}, wanted {names[0]!r}; OPT's gpt2-vocab.json is in model order, "
+                "GPT-2's own is not"
+            )
+    lost = [b for letter, b in _LETTERS.items() if letter not in vocab]
+    if lost:
+        raise TokenizerError(f"{path}: no token for byte 0x{lost[0]:02x}; wanted a byte-level vocabulary")
+    return vocab
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, ValueError) as e:
+        raise TokenizerError(f"{path}: cannot be read as merges: {e}") from e
+    merges = []
+    for number, line in enumerate(lines, 1):
+        pair = line.rstrip("\r").split(" ")
+        if pair == [""] or (number == 1 and line.startswith("#version")):
+            continue
+        if len(pair) != 2:
+            raise TokenizerError(f"{path}: line {number} is {line[:60]!r}; wanted two tokens with a space between")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+class Tokenizer:
+    """One vocabulary. Immutable once made, so that any thread may use it."""
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        self._bpe = _Bpe(BPE(vocab=vocab, merges=merges))
+        self._bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        self._bytes = tuple(
+            bytes(_LETTERS[c] for c in t) if all(c in _LETTERS for c in t) else t.encode() for t in tokens
+        )
+
+    @staticmethod
+    def load(vocab: Path, merges: Path, *, model_vocab_size: int) -> Tokenizer:
+        """Read and check the two files; the model may have more rows than there are tokens, not fewer.
+
+        Raises: TokenizerError naming the file.
+        """
+        ids, pairs = _read_vocab(vocab), _read_merges(merges)
+        if len(ids) > model_vocab_size:
+            raise TokenizerError(
+                f"{vocab}: {len(ids)} tokens, but the model's embedding has {model_vocab_size} rows; "
+                "name the vocabulary that this model was trained with (BPE_VOCAB, BPE_MERGES)"
+            )
+        for a, b in pairs:
+            if not (a in ids and b in ids and a + b in ids):
+                raise TokenizerError(
+                    f"{merges}: merges {a!r} with {b!r}, which {vocab} does not hold; they are no pair"
+                )
+        return Tokenizer(ids, pairs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary; a model may have padding rows beyond."""
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing put in front; CRLF and CR count as LF, half a surrogate pair as U+FFFD."""
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell surrogates one by one: "\ud83d"
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text; empty for padding rows of the model."""
+        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def token_text(self, token_id: int) -> str:
+        """The token by itself: its text, or `bytes:\\xe2\\x80` where that is not UTF-8, so that they stay distinct."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens included; what is not valid UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def offsets(self, ids: Seq[int]) -> list[int]:
+        """For each token the index in decode(ids) of the character that its first byte belongs to.
+
+        An empty token gets the index of the unfinished character it interrupts, or of the one to come.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        num_chars, out = 0, []
+        for raw in map(self.token_bytes, ids):
+            num_chars += len(decoder.decode(raw[:1]))
+            # the byte ended the last character, or is the last of those held back; these may prove to be two characters
+            held = len(decoder.getstate()[0].decode("utf-8", "replace"))
+            out.append(num_chars + held - (1 if held or raw else 0))
+            num_chars += len(decoder.decode(raw[1:]))
+        return out
+
+
+class StreamDecoder:
+    """Decodes one token at a time; all that it returned, joined, is `decode` of all that it was given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; only an unfinished UTF-8 character is held back."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is still held back: U+FFFD for an unfinished character, or nothing."""
+        return self._decoder.decode(b"", final=True)

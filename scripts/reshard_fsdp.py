@@ -1,0 +1,56 @@
+"""Joins the FSDP shards of one tensor-parallel part, or cuts the part into other shards. metaseq's flags.
+
+    python -m metaseq_api.scripts.reshard_fsdp \
+        --input "/data/opt/checkpoint_last-model_part-0-shard*.pt" --output "/data/opt/reshard-model_part-0.pt" \
+        --num-output-shards 1 --skip-optimizer-state True --unflatten-weights True
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from metaseq_api import log
+from metaseq_api.checkpoint.checkpoint import DTYPES
+from metaseq_api.checkpoint.contents import Form
+from metaseq_api.checkpoint.door import Parser, expand, guarded, progress_bar
+from metaseq_api.checkpoint.reshard import reshard_fsdp
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="reshard_fsdp", description="Join or cut the FSDP shards of one part.")
+    parser.add_argument(
+        "--input", "--input-glob-pattern", required=True, nargs="+", help='the shards, e.g. "dir/x-shard*.pt"'
+    )
+    parser.add_argument("--output", "--output-shard-name", required=True, help="{i} stands for the shard's number")
+    parser.add_argument("--num-output-shards", type=int, default=1)
+    parser.add_switch("--unflatten-weights", None, "write named tensors; default: where there is one output")
+    parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")
+    parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
+    parser.add_switch("--drop-metaseq-req", False, "leave out the training data's state, which needs metaseq to load")
+    args = parser.parse_args(argv)
+    log.setup()
+
+    def job() -> None:
+        unflatten = args.num_output_shards == 1 if args.unflatten_weights is None else args.unflatten_weights
+        form = Form(
+            unflatten=unflatten,
+            skip_optimizer_state=args.skip_optimizer_state,
+            dtype=DTYPES.get(args.output_dtype),
+            drop_metaseq_req=args.drop_metaseq_req,
+        )
+        with progress_bar() as progress:
+            paths = reshard_fsdp(
+                expand(args.input),
+                args.output,
+                num_output_shards=args.num_output_shards,
+                form=form,
+                progress=progress,
+            )
+        print("\n".join(map(str, paths)))
+
+    return guarded(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

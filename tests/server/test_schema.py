@@ -1,0 +1,335 @@
+"""Bodies to Requests and Completions to answers, without HTTP."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.fake_engine import FakeEngine
+
+from metaseq_api.core import SamplingParams
+from metaseq_api.errors import RequestError
+from metaseq_api.server import fields, schema
+from metaseq_api.settings import Settings
+
+
+def parse(body: dict[str, Any], engine: FakeEngine, settings: Settings) -> Any:
+    return schema.parse_completion(body, engine, settings, "cmpl-1")
+
+
+def refusal(body: dict[str, Any], engine: FakeEngine, settings: Settings) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parse(body, engine, settings)
+    return caught.value
+
+
+def test_all_that_is_left_out_has_its_default(engine: FakeEngine, settings: Settings) -> None:
+    request = parse({"prompt": "hi"}, engine, settings)
+    assert request.params == SamplingParams()
+    assert request.params.max_tokens == 16
+    assert request.prompts == (tuple(engine.encode("hi")),)
+
+
+def test_null_means_the_default_for_every_field_but_the_prompt(engine: FakeEngine, settings: Settings) -> None:
+    names = schema._COMPLETION_FIELDS - {"prompt"}
+    request = parse({"prompt": "hi", **dict.fromkeys(names)}, engine, settings)
+    assert request.params == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("ab", ((101, 102),)),
+        (["ab", "c"], ((101, 102), (103,))),
+        ([101, 0, 259], ((101, 0, 259),)),
+        ([[101], [5, 6]], ((101,), (5, 6))),
+        ("", ((),)),
+        (["", "a"], ((), (101,))),
+        ("a\r\nb\rc", ((101, 14, 102, 14, 103),)),
+    ],
+)
+def test_a_prompt_comes_in_four_forms(prompt: Any, ids: Any, engine: FakeEngine, settings: Settings) -> None:
+    assert parse({"prompt": prompt}, engine, settings).prompts == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (None, "prompt is missing; it must be a string, an array of strings"),
+        ([], "prompt is an array of 0; it must be a string"),
+        ({}, "prompt is an object of 0; it must be a string"),
+        (3, "prompt is 3; it must be a string"),
+        (True, "prompt is true (a boolean); it must be a string"),
+        ([[]], "prompt[0] is an array of 0; it must be a non-empty array of token ids"),
+        ([True], "prompt[0] is true (a boolean); it must be a string, a token id or"),
+        ([None], "prompt[0] is null; it must be a string, a token id or"),
+        ([5, True], "prompt[1] is true (a boolean); it must be a token id"),
+        ([5, "a"], 'prompt[1] is "a" (a string); it must be a token id'),
+        ([5, 6.0], "prompt[1] is 6.0; it must be a token id"),
+        ([5, 260], "prompt[1] is 260; it must be a token id, a whole number from 0 to 259"),
+        ([-1], "prompt[0] is -1; it must be a token id"),
+        ([1.5], "prompt[0] is 1.5; it must be a token id"),
+        (["a", 5], "prompt[1] is 5; it must be a string"),
+        (["a", ["b"]], "prompt[1] is an array of 1; it must be a string"),
+        ([[5], "a"], 'prompt[1] is "a" (a string); it must be a non-empty array'),
+        ([[5], [6, "a"]], 'prompt[1][1] is "a" (a string); it must be a token id'),
+        ([[[5]]], "prompt[0][0] is an array of 1; it must be a token id"),
+        ("a\ud800", "prompt holds half a surrogate pair at character 1"),
+        (["ok", "\udc00"], "prompt[1] holds half a surrogate pair at character 0"),
+        (["a"] * 1025, "prompt is an array of 1025; it must be at most 1024 prompts"),
+        ("x" * 20000, "prompt is 20000 characters long, far over the model's 64 tokens"),
+    ],
+)
+def test_a_prompt_of_another_form_is_refused_by_place(
+    prompt: Any, says: str, engine: FakeEngine, settings: Settings
+) -> None:
+    error = refusal({"prompt": prompt}, engine, settings)
+    assert str(error).startswith(says)
+    assert error.param == "prompt"
+
+
+WRONG_TYPES = {
+    "max_tokens": ["16", True, 1.5, [16], {}, 1e999, -1, 10**30],
+    "min_tokens": ["1", False, 0.5, [], -1, 17],
+    "temperature": ["hot", True, [], -0.1, 1e999, 10**400, 101],
+    "top_p": ["all", False, {}, -0.1, 1.1],
+    "top_k": ["2", True, 2.5, 0, -1],
+    "n": ["2", True, 1.5, 0, -1, 129, 5],
+    "best_of": ["2", False, 0, 129, 5],
+    "seed": ["7", True, 0.5, [7], 2**63],
+    "stop": [7, True, {}, [7], [None], "", ["a", ""], ["a"] * 65, "x" * 1025, "\ud800"],
+    "echo": ["true", 1, 0, []],
+    "logprobs": ["1", True, 0.5, -1, 101],
+    "ignore_eos": ["false", 0, {}],
+    "model": [7, True, ["fake"], "\ud800"],
+    "user": [7, {}, "x" * 257],
+    "stream": [True, "false", 1, 0],
+    "omega_bound": ["0.3", True, 1e999],
+    "suffix": ["end", 0],
+    "logit_bias": [{"5": 1}, []],
+    "presence_penalty": [0.1, False, "0"],
+    "frequency_penalty": [-1],
+    "lambda_decay": [0.9],
+    "alpha_presence": [1],
+    "alpha_frequency": [1],
+    "alpha_presence_src": [1],
+    "alpha_frequency_src": [1],
+    "alpha_src_penalty_end_idx": [3],
+    "stream_options": [{"include_usage": True}],
+    "repetition_penalty": [1.2],
+    "min_p": [0.1],
+    "stop_token_ids": [[2]],
+    "include_stop_str_in_output": [True],
+    "prompt_logprobs": [1],
+    "timeout_ms": [1],
+    "priority": [1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in WRONG_TYPES.items() for v in values])
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(
+    name: str, value: Any, engine: FakeEngine, settings: Settings
+) -> None:
+    error = refusal({"prompt": "hi", name: value}, engine, settings)
+    assert error.param == name
+    assert str(error).startswith(name)
+
+
+def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
+    assert set(WRONG_TYPES) == schema._COMPLETION_FIELDS - {"prompt"}
+
+
+def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: FakeEngine, settings: Settings) -> None:
+    for name, neutral in schema._NEUTRAL.items():
+        for value in neutral:
+            assert parse({"prompt": "hi", name: value}, engine, settings).params == SamplingParams()
+    page_of_metaseq = {"omega_bound": 0.3, "lambda_decay": 0, "alpha_presence": 0.0}
+    assert parse({"prompt": "hi", **page_of_metaseq}, engine, settings).params == SamplingParams()
+
+
+def test_streaming_is_refused_as_not_offered_yet(engine: FakeEngine, settings: Settings) -> None:
+    error = refusal({"prompt": "hi", "stream": True}, engine, settings)
+    assert str(error) == "stream is true (a boolean), which is not offered yet; leave it out"
+    assert error.code == "unsupported_field"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("max_token", "did you mean max_tokens?"), ("zzz", "known are "), ("x" * 10000, "known are ")],
+)
+def test_an_unknown_field_is_refused_with_its_nearest_neighbour(
+    name: str, says: str, engine: FakeEngine, settings: Settings
+) -> None:
+    error = refusal({"prompt": "hi", name: 1}, engine, settings)
+    assert error.code == "unknown_field"
+    assert says in str(error)
+    assert len(str(error)) < schema.MAX_MESSAGE_LEN
+
+
+def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Settings) -> None:
+    body = {
+        "prompt": "hi",
+        "model": "anything",
+        "user": "me",
+        "max_tokens": 8.0,
+        "min_tokens": 2,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 10**30,
+        "seed": -5,
+        "stop": ["x", "yz"],
+        "n": 2,
+        "best_of": 3,
+        "echo": True,
+        "logprobs": 3,
+        "ignore_eos": True,
+    }
+    request = parse(body, engine, settings)
+    assert request.user == "me"
+    assert request.params == SamplingParams(
+        max_tokens=8,
+        min_tokens=2,
+        temperature=0.0,
+        top_p=0.5,
+        top_k=engine.vocab_size,
+        seed=-5,
+        stop=("x", "yz"),
+        n=2,
+        best_of=3,
+        echo=True,
+        logprobs=3,
+        ignore_eos=True,
+    )
+    assert type(request.params.max_tokens) is int
+
+
+def test_a_length_that_just_fits_is_taken_and_one_more_names_what_would_fit(
+    engine: FakeEngine, settings: Settings
+) -> None:
+    prompt = "x" * 40
+    assert parse({"prompt": prompt, "max_tokens": 23}, engine, settings).params.max_tokens == 23
+    error = refusal({"prompt": prompt, "max_tokens": 24}, engine, settings)
+    assert error.param == "max_tokens"
+    assert error.code == "context_length_exceeded"
+    assert str(error) == (
+        "max_tokens is 24, but prompt and the leading </s> take 41 of the model's window of 64 tokens; "
+        "at most 23 fit, or shorten the prompt"
+    )
+
+
+def test_a_prompt_too_long_by_itself_is_named_with_its_place(engine: FakeEngine, settings: Settings) -> None:
+    assert parse({"prompt": "x" * 62, "max_tokens": 1}, engine, settings)
+    error = refusal({"prompt": ["ok", "x" * 63], "max_tokens": 1}, engine, settings)
+    assert error.param == "prompt"
+    assert str(error) == (
+        "prompt[1] is 63 tokens long; the model's window of 64 tokens takes at most 62, so shorten it"
+    )
+    assert parse({"prompt": "x" * 63, "max_tokens": 0, "echo": True}, engine, settings)
+    assert refusal({"prompt": "x" * 64, "max_tokens": 0, "echo": True}, engine, settings).param == "prompt"
+
+
+def test_more_samples_than_the_operator_allows_are_refused_with_the_bound(
+    engine: FakeEngine, settings: Settings
+) -> None:
+    assert str(refusal({"prompt": "a", "n": 5}, engine, settings)) == (
+        "n is 5; it must be at most 4, this server's MAX_BEAM"
+    )
+    assert refusal({"prompt": "a", "n": 2, "best_of": 5}, engine, settings).param == "best_of"
+    assert refusal({"prompt": ["a"] * 26, "n": 4}, engine, settings).param == "prompt"
+    assert parse({"prompt": ["a"] * 25, "n": 4}, engine, settings)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "the body is empty"),
+        (b"  \n", "the body is empty"),
+        (b"{", "the body is not JSON"),
+        (b'{"prompt": "a",}', "the body is not JSON"),
+        (b"prompt=hi", "the body is not JSON"),
+        (b"[1]", "the body is an array of 1; it must be a JSON object"),
+        (b'"hi"', 'the body is "hi" (a string); it must be a JSON object'),
+        (b"null", "the body is null"),
+        (b'{"prompt": "\xff"}', "the body is not UTF-8 at byte 12"),
+        (b'{"temperature": NaN}', "the body holds NaN"),
+        (b'{"temperature": -Infinity}', "the body holds -Infinity"),
+        (b'{"a": ' * 200_000, "the body is nested too deep"),
+        (b"[" * 200_000, "the body is nested too deep"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "the body holds a number of too many digits"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        fields.read_json(raw)
+    assert str(caught.value).startswith(says)
+    assert caught.value.code == "invalid_json"
+
+
+def test_a_key_given_twice_counts_with_its_last_value_and_a_byte_order_mark_is_skipped() -> None:
+    assert fields.read_json(b'\xef\xbb\xbf{"n": 1, "n": 2}') == {"n": 2}
+
+
+def test_generate_asks_for_exactly_length_tokens(engine: FakeEngine) -> None:
+    request = schema.parse_generate({"prefix": "ab", "length": 5}, engine, "gen-1")
+    assert request.prompts == ((101, 102),)
+    assert request.params == SamplingParams(
+        max_tokens=5, min_tokens=5, ignore_eos=True, temperature=0.7, top_p=0.9, logprobs=0
+    )
+
+
+def test_generate_with_a_stop_string_may_end_earlier(engine: FakeEngine) -> None:
+    request = schema.parse_generate({"prefix": "ab", "length": 5, "stop": "c"}, engine, "gen-1")
+    assert (request.params.min_tokens, request.params.stop) == (0, ("c",))
+    request = schema.parse_generate({"prefix": "ab", "length": 5, "stop": "c", "min_tokens": 3}, engine, "gen-1")
+    assert request.params.min_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prefix"),
+        ({"prefix": "a"}, "length"),
+        ({"length": 4}, "prefix"),
+        ({"prefix": ["a"], "length": 4}, "prefix"),
+        ({"prefix": "a", "length": "4"}, "length"),
+        ({"prefix": "a", "length": 0}, "length"),
+        ({"prefix": "a", "length": 63}, "length"),
+        ({"prefix": "x" * 63, "length": 1}, "prefix"),
+        ({"prefix": "a", "length": 4, "min_tokens": 5}, "min_tokens"),
+        ({"prefix": "a", "length": 4, "top_p": 2}, "top_p"),
+        ({"prefix": "a", "length": 4, "n": 2}, "n"),
+    ],
+)
+def test_generate_refuses_by_name(body: dict[str, Any], param: str, engine: FakeEngine) -> None:
+    with pytest.raises(RequestError) as caught:
+        schema.parse_generate(body, engine, "gen-1")
+    assert caught.value.param == param
+
+
+def test_a_form_has_the_types_json_would_give_it() -> None:
+    form = {"prefix": ["12"], "length": ["5"], "top_p": ["0.5"], "ignore_eos": ["False"], "seed": [""], "stop": ["1"]}
+    assert schema.form_to_body(form) == {
+        "prefix": "12",
+        "length": 5,
+        "top_p": 0.5,
+        "ignore_eos": False,
+        "stop": "1",
+    }
+    assert schema.form_to_body({"stop": ["a", "b"], "length": ["five"]}) == {"stop": ["a", "b"], "length": "five"}
+    with pytest.raises(RequestError, match='"length" is given 2 times'):
+        schema.form_to_body({"length": ["1", "2"]})
+
+
+def test_an_answer_holds_no_number_that_json_has_not(engine: FakeEngine, settings: Settings) -> None:
+    request = parse({"prompt": "a", "max_tokens": 2, "logprobs": 1, "echo": True}, engine, settings)
+    answer = schema.render_completion(request, [engine.complete(request, 0, 0)], model="m", created=1)
+    json.dumps(answer, allow_nan=False)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5]
+    assert logprobs["top_logprobs"] == [None, {"a": -0.5, "never": -9999.0}, {"b": -0.5, "never": -9999.0}]
+    assert schema._finite(float("nan")) == -9999.0
+
+
+def test_an_error_message_is_cut_before_it_grows_without_bound() -> None:
+    assert len(schema.render_error(RequestError("x" * 10**6))["error"]["message"]) == schema.MAX_MESSAGE_LEN
