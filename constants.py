@@ -7,7 +7,7 @@ CHECKPOINT_FOLDER = None
 """A folder of FSDP shards or of model parts, e.g. "/data/opt/175B". None serves the embedded demo model."""
 BPE_VOCAB = None
 BPE_MERGES = None
-"""The tokenizer's files. None: gpt2-vocab.json and gpt2-merges.txt (or vocab.json, merges.txt) beside the checkpoint."""
+"""The tokenizer's files. None: gpt2-vocab.json, gpt2-merges.txt or vocab.json, merges.txt beside the checkpoint."""
 
 MODEL_PARALLEL = None
 """GPUs that one model is split over. None: every GPU that is visible and that the model allows; 1 on a CPU."""

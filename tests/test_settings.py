@@ -88,5 +88,5 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, says:
 
 
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--constants names .*nowhere"):
+    with pytest.raises(SettingsError, match=r"--constants names .*nowhere"):
         settings.load({}, constants=str(tmp_path / "nowhere.py"))

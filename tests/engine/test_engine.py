@@ -76,7 +76,7 @@ def mixed_load(n: int = 24) -> list[Request]:
 
 
 def plain(completions: list[Completion]) -> list[object]:
-    """All that must not depend on the neighbours; log-probabilities to 4 digits, since sums may be ordered otherwise."""
+    """All that must not depend on the neighbours; log-probabilities to 3 digits (sums may be ordered otherwise)."""
     return [
         (
             c.text,
