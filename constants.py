@@ -10,7 +10,7 @@ BPE_MERGES = None
 """The tokenizer's files. None: gpt2-vocab.json, gpt2-merges.txt or vocab.json, merges.txt beside the checkpoint."""
 
 MODEL_PARALLEL = None
-"""GPUs that one model is split over. None: every GPU that is visible and that the model allows; 1 on a CPU."""
+"""GPUs that one model is split over. None: every visible GPU; 1 on a CPU."""
 TOTAL_WORLD_SIZE = None
 """The same number as MODEL_PARALLEL; kept for old files."""
 

@@ -6,11 +6,11 @@ The one library module that knows all the others: it puts them together and hold
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine, Limits
 from metaseq_api.engine.worker import Worker, follow
-from metaseq_api.errors import RankFailed, SettingsError
+from metaseq_api.errors import MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
 from metaseq_api.parallel.context import ParallelContext, join, leave
+from metaseq_api.progress import progress_bar
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
 from metaseq_api.settings import Settings
@@ -78,9 +79,14 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
         else:
             assert sock is not None
             code = serve(settings, ready, worker, channel, sock)
+    except torch.OutOfMemoryError as e:
+        raise MemoryTooSmall(
+            f"rank {rank.rank} ran out of memory on {ready.device} ({str(e).splitlines()[0]}); "
+            "split the model further (--model-parallel), or take a smaller --max-batch-tokens"
+        ) from e
     except RuntimeError as e:  # what torch.distributed raises where a peer is lost
-        log.error("%s", str(e).splitlines()[0])
-        raise RankFailed(f"rank {rank.rank} lost another rank; the first one to end says why") from e
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}") from e
     leave(context)
     return code
 
@@ -121,20 +127,12 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
 
 
 def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worker:
-    """Read this rank's slice, and say how far it is every few seconds."""
-    began = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if context.is_driver and (now - last > 3 or done == total):
-            last, spent = now, now - began
-            rate = ready.memory.weight_bytes * done / total / max(spent, 1e-9) / 1e9
-            left = spent / done * (total - done)
-            log.info("loading: layer %d of %d, %.2f GB/s a rank, %.0f s left", done, total, rate, left)
-
+    """Read this rank's slice of the weights, rank 0 saying how far it is, and make its cache."""
     model = OPT(ready.config, context, ready.dtype)
-    model.load(ready.checkpoint, progress)
+    with progress_bar("loading") if context.is_driver else contextlib.nullcontext(None) as begin:
+        layer_bytes = ready.memory.weight_bytes // ready.config.num_layers
+        done = begin(layer_bytes * ready.config.num_layers) if begin else None
+        model.load(ready.checkpoint, None if done is None else lambda: done(layer_bytes))
     num_blocks = ready.memory.num_blocks
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
     return Worker(model, cache)

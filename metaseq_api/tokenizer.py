@@ -16,11 +16,11 @@ from tokenizers import Tokenizer as _Bpe
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from metaseq_api.core.request import BOS_ID
 from metaseq_api.errors import TokenizerError
 
-BOS_ID = 2
-"""Goes in front of every prompt: the models were trained on documents that each end in </s>."""
-EOS_ID = 2
+EOS_ID = BOS_ID
+"""</s> ends a document, and so stands before the next one too."""
 PAD_ID = 1
 START_ID = 0
 """<s>: in the vocabulary, but neither trained on nor ever put in front."""

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
-from metaseq_api.checkpoint.door import Parser, expand, guarded, progress_bar
+from metaseq_api.checkpoint.door import Parser, expand, guarded
 from metaseq_api.checkpoint.reshard import reshard_mp
+from metaseq_api.progress import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=DTYPES.get(args.output_dtype),
             drop_metaseq_req=args.drop_metaseq_req,
         )
-        with progress_bar() as progress:
+        with progress_bar("writing") as progress:
             paths = reshard_mp(
                 expand(args.input),
                 args.output,

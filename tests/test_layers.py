@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOW = {"errors", "settings", "log"}
+LOW = {"errors", "settings", "log", "progress"}
 TENSOR = {"torch", "numpy"}
 # part of the library -> (parts it may import, third parties it may import)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "log": (set(), set()),
+    "progress": (set(), {"tqdm"}),
     "settings": ({"errors"}, set()),
     "core": ({"errors"}, set()),
     "scheduling": ({"errors", "core"}, set()),
-    "tokenizer": ({"errors"}, {"tokenizers"}),
+    "tokenizer": ({"errors", "core"}, {"tokenizers"}),
     "parallel": (LOW | {"core"}, TENSOR),
-    "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale", "tqdm"}),
+    "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale"}),
     "model": (LOW | {"core", "parallel"}, TENSOR),
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug"}),

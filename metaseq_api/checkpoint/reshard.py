@@ -30,8 +30,9 @@ from metaseq_api.checkpoint.contents import Form, NewPart, Source, contents
 from metaseq_api.checkpoint.folder import collect, numbers
 from metaseq_api.checkpoint.part import Header, Part
 from metaseq_api.checkpoint.tensors import LogicalTensor
-from metaseq_api.checkpoint.write import CHUNK, Progress
+from metaseq_api.checkpoint.write import CHUNK
 from metaseq_api.errors import ParallelSizeError, SettingsError
+from metaseq_api.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -24,13 +24,10 @@ from torch.serialization import skip_data
 from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.unpickle import StoredTensor
 from metaseq_api.errors import ResourceError
+from metaseq_api.progress import Progress
 
 CHUNK = 64 << 20
 """Units: bytes written between two signs of progress."""
-
-
-Progress = Callable[[int], object]
-"""Told the bytes done since its last call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

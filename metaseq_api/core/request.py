@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from metaseq_api.errors import RequestError
 
+BOS_ID = 2
+"""</s>, which goes in front of every prompt that does not begin with it: the documents of the training did."""
 MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP = 64
@@ -95,9 +97,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One client's question: prompts (token ids without the leading </s>, which the engine adds) and how to continue.
+    """One client's question: prompts (token ids; the engine puts </s> in front where it is not) and how to continue.
 
-    `priority` and `user` are carried for the scheduler and the log.
+    `user` is carried for the log.
     """
 
     request_id: str

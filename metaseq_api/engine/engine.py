@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import FinishReason, Health, Request, Sequence
+from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.ticket import Ticket
@@ -29,7 +30,7 @@ from metaseq_api.engine.worker import Worker
 from metaseq_api.errors import EngineStopped, MetaseqApiError, Overloaded, RequestError
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.scheduling.stopping import StopChecker
-from metaseq_api.tokenizer import BOS_ID, EOS_ID, PAD_ID, StreamDecoder, Tokenizer
+from metaseq_api.tokenizer import EOS_ID, PAD_ID, StreamDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ width, H heads of this rank, K head width, F ffn rows of this rank, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -113,8 +114,8 @@ class OPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config, context, dtype, i) for i in range(config.num_layers))
         self.norm = Norm(context, dtype, config.norm_eps)
 
-    def load(self, weights: Weights, progress: Progress | None = None) -> None:
-        """Read this rank's slice of every tensor. `progress` hears of each layer done."""
+    def load(self, weights: Weights, layer_done: Callable[[], object] | None = None) -> None:
+        """Read this rank's slice of every tensor. `layer_done` hears of each layer."""
         output = None if self.config.tied_output else weights.tensor("decoder.output_projection.weight")
         self.embed.load(weights.tensor("decoder.embed_tokens.weight"), output)
         positions = read_whole(weights.tensor("decoder.embed_positions.weight"))
@@ -122,11 +123,11 @@ class OPT(nn.Module):
         if self.config.has_projection:
             self.project_in.load([weights.tensor("decoder.project_in_dim.weight")], [])
             self.project_out.load([weights.tensor("decoder.project_out_dim.weight")], [])
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             assert isinstance(layer, Layer)
             layer.load(weights)
-            if progress is not None:
-                progress(i + 1, self.config.num_layers)
+            if layer_done is not None:
+                layer_done()
         if self.config.final_norm:
             self.norm.load(weights, "decoder.layer_norm")
 
@@ -150,7 +151,3 @@ class OPT(nn.Module):
         """Shapes: [R, E] -> [R, V] in fp32 on the driver; None on the other ranks."""
         logits: Tensor | None = self.embed.logits(x_RE)
         return logits
-
-
-class Progress(Protocol):
-    def __call__(self, done: int, total: int) -> None: ...

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from metaseq_api.core import Completion, EngineProtocol, Request, SamplingParams, TokenLogprobs
-from metaseq_api.core.request import MAX_STOP, MAX_STOP_LEN
+from metaseq_api.core.request import BOS_ID, MAX_STOP, MAX_STOP_LEN
 from metaseq_api.errors import MetaseqApiError, RequestError
 from metaseq_api.server import fields
 from metaseq_api.settings import Settings
@@ -86,7 +86,7 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     _check_size(prompts, params, settings)
     for i, ids in enumerate(prompts):
         where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
-        _check_fits(len(ids), params.max_tokens, engine.max_seq_len, where, "max_tokens")
+        _check_fits(ids, params.max_tokens, engine.max_seq_len, where, "max_tokens")
     return Request(request_id=request_id, prompts=prompts, params=params, user=_read_user(body.get("user")))
 
 
@@ -104,7 +104,7 @@ def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: 
     if length < 1:
         raise fields.wrong("length", length, "1 or more")
     ids = _encode("prefix", body["prefix"], engine)
-    _check_fits(len(ids), length, engine.max_seq_len, "prefix", "length")
+    _check_fits(ids, length, engine.max_seq_len, "prefix", "length")
     given = {name: body[name] for name in _GENERATE_PARAMS if body.get(name) is not None}
     defaults = {"temperature": 0.7, "top_p": 0.9, "logprobs": 0, "ignore_eos": True}
     ends_early = given.get("stop") or given.get("ignore_eos") is False
@@ -273,18 +273,19 @@ def _check_size(prompts: Seq[Seq[int]], params: SamplingParams, settings: Settin
         )
 
 
-def _check_fits(prompt_len: int, max_tokens: int, max_seq_len: int, prompt_name: str, length_name: str) -> None:
+def _check_fits(ids: Seq[int], max_tokens: int, max_seq_len: int, prompt_name: str, length_name: str) -> None:
     """Raises: RequestError naming the prompt where it is too long by itself, else the length that is too large."""
-    room = max_seq_len - 1 - prompt_len  # 1 for the leading </s>
+    added = 0 if ids[:1] == (BOS_ID,) else 1
+    room = max_seq_len - added - len(ids)
     if max_tokens <= room:
         return
     window = f"the model's window of {max_seq_len} tokens"
     if room < 1:
-        at_most = max_seq_len - 1 - min(max_tokens, 1)
-        says = f"{prompt_name} is {prompt_len} tokens long; {window} takes at most {at_most}, so shorten it"
+        at_most = max_seq_len - added - min(max_tokens, 1)
+        says = f"{prompt_name} is {len(ids)} tokens long; {window} takes at most {at_most}, so shorten it"
         raise RequestError(says, param=prompt_name.partition("[")[0], code="context_length_exceeded")
     raise RequestError(
-        f"{length_name} is {max_tokens}, but {prompt_name} and the leading </s> take {prompt_len + 1} of {window}; "
+        f"{length_name} is {max_tokens}, but {prompt_name} and the leading </s> take {len(ids) + added} of {window}; "
         f"at most {room} fit, or shorten the prompt",
         param=length_name,
         code="context_length_exceeded",

@@ -11,7 +11,8 @@ from metaseq_api.scripts.reshard_fsdp import main as fsdp
 from metaseq_api.scripts.reshard_mp import main as mp
 from support.checkpoints import fused_weights, load, with_dtype, write_shards
 
-from metaseq_api.checkpoint import door, open_checkpoint
+from metaseq_api.checkpoint import open_checkpoint
+from metaseq_api.progress import progress_bar
 
 LOOP = r"""
 set -eu
@@ -110,7 +111,7 @@ def test_an_unknown_flag_or_value_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_log_hears_of_progress_every_few_seconds_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    with caplog.at_level("INFO"), door.progress_bar(lambda: now[0]) as progress:
+    with caplog.at_level("INFO"), progress_bar("writing", lambda: now[0]) as progress:
         told = progress(100)
         for second in range(1, 11):
             now[0] = second
