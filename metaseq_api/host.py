@@ -157,25 +157,26 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
         limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
         model_name=_model_name(settings),
         heartbeat_s=settings.timeout_s / 3,
-        threads=ready.threads,
     )
-    told_to_end = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())
-    engine.start()
     server = Server(create_app(engine, settings), sock)
+
+    def end() -> None:
+        log.info("ending: running requests have %.0f s", GRACE_S)
+        stopper = threading.Thread(target=server.stop, args=(GRACE_S,))
+        stopper.start()
+        engine.stop(GRACE_S)
+        stopper.join()
+
+    ending = threading.Thread(target=end, name="end")
+    # a thread, since a handler must not wait for what the thread it interrupts may hold
+    signal.signal(signal.SIGTERM, lambda *_: ending.start() if ending.ident is None else None)
     server.start()
     print_banner(settings, ready, worker, sock)
-    failed = False
-    while not told_to_end.wait(0.2) and not (failed := engine.wait_failed(0)):
-        pass
-    if failed:
+    engine.run()
+    if engine.wait_failed(0):
         server.stop(0)
         raise RankFailed("the engine failed; its stack is in the log above")
-    log.info("ending: running requests have %.0f s", GRACE_S)
-    stopper = threading.Thread(target=engine.stop, args=(GRACE_S,))
-    stopper.start()
-    server.stop(GRACE_S)
-    stopper.join()
+    ending.join()
     return 0
 
 
