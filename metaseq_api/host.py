@@ -186,7 +186,7 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: sock
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     config, context, cache = ready.config, worker.model.context, worker.cache
     source = ready.checkpoint
-    prompt = "Return the number of" if settings.demo else "Paris is the capital of France and"
+    prompt = "Return the" if settings.demo else "Paris is the capital of France and"
     log.info(
         "serving %s (%s) from %d part(s) x %d shard(s), %.1f M parameters, %s on %d %s rank(s), cache %d tokens",
         _model_name(settings),
@@ -206,7 +206,7 @@ def curl_line(host: str, port: int, prompt: str) -> str:
     """A request to paste into a shell."""
     return (
         f"curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json' "
-        f'-d \'{{"prompt": "{prompt}", "max_tokens": 24, "temperature": 0}}\''
+        f'-d \'{{"prompt": "{prompt}", "max_tokens": 32, "temperature": 0}}\''
     )
 
 

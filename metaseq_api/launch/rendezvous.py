@@ -118,7 +118,7 @@ def _under_torchrun(environ: Mapping[str, str], node: str) -> Placement:
         local_rank=_number(environ, "LOCAL_RANK"),
         local_world_size=_number(environ, "LOCAL_WORLD_SIZE"),
         node=node,
-        init=_address("agent" if agent else "tcp", environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")),
+        init=_address("agent" if agent else "tcp", environ["MASTER_ADDR"], _master_port(environ)),
     )
     return Placement(kind="rank", node=node, rank=info, under_agent="TORCHELASTIC_RUN_ID" in environ)
 
@@ -161,9 +161,18 @@ def _first_node(environ: Mapping[str, str], num_nodes: int) -> str:
 def _port(environ: Mapping[str, str]) -> int:
     """$MASTER_PORT, else one that every task of a step derives alike and two jobs of a node rarely share."""
     if environ.get("MASTER_PORT"):
-        return _number(environ, "MASTER_PORT")
+        return _master_port(environ)
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
     return _PORTS[(job * 16 + step) % len(_PORTS)]
+
+
+def _master_port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 65536:
+        raise SettingsError(
+            f"MASTER_PORT is {port}; all ranks meet there, so it must be one from 1 to 65535 (torchrun: --standalone)"
+        )
+    return port
 
 
 def _text(environ: Mapping[str, str], *names: str) -> str:

@@ -212,3 +212,9 @@ def test_a_machine_without_gpus_shows_none_whatever_is_listed(tmp_path) -> None:
 def test_a_placement_alone_holds_every_rank() -> None:
     ranks = Placement(kind="alone", node="here").local_ranks(3, "file:///tmp/x/store")
     assert [(r.rank, r.local_rank, r.local_world_size) for r in ranks] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(SettingsError, match="MASTER_PORT"):
+        detect(TORCHRUN | {"MASTER_PORT": port})

@@ -1,0 +1,225 @@
+"""The whole service on the demo checkpoint: any tensor-parallel size, one answer; any end, nothing left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.processes import gone, until
+from support.service import DOOR, Service
+
+from metaseq_api.settings import DEMO
+
+QUESTION = {"prompt": ["Return the", "Raise ValueError if"], "max_tokens": 24, "temperature": 0}
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    services: list[Service] = []
+
+    def begin(*arguments: str, **options: object) -> Service:
+        services.append(Service(tmp_path, *arguments, **options))  # type: ignore[arg-type]
+        return services[-1]
+
+    yield begin
+    for s in services:
+        s.kill()
+
+
+@pytest.fixture(scope="module")
+def want(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What one rank says of the raw shards."""
+    service = Service(tmp_path_factory.mktemp("one"))
+    texts = service.texts(**QUESTION)
+    service.process.terminate()
+    assert service.end(10) == 0
+    service.kill()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The demo as 2 parts without shards, and as 4."""
+    top = tmp_path_factory.mktemp("resharded")
+    parts = {2: top / "two", 4: top / "four"}
+
+    def run(module: str, *arguments: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", f"metaseq_api.scripts.{module}", *arguments], check=True, capture_output=True
+        )
+
+    for j in (0, 1):
+        files = f"{DEMO}/checkpoint_last-model_part-{j}-shard*.pt"
+        run("reshard_fsdp", "--input", files, "--output", f"{parts[2]}/reshard-model_part-{j}.pt")
+    pattern = f"{parts[2]}/reshard-model_part-*.pt"
+    run(
+        "reshard_mp",
+        "--input",
+        pattern,
+        "--output",
+        f"{parts[4]}/reshard-model_part-{{i}}.pt",
+        "--num-output-parts",
+        "4",
+    )
+    for folder in parts.values():
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(DEMO / name, folder)
+    return parts
+
+
+@pytest.mark.parametrize(("parts", "ranks"), [(0, 2), (0, 4), (2, 1), (4, 2)])
+def test_any_files_at_any_tensor_parallel_size_give_one_answer(
+    parts: int, ranks: int, want: list[str], resharded: dict[int, Path], start: Start
+) -> None:
+    folder = [str(resharded[parts])] if parts else []
+    service = start(*folder, "--model-parallel", str(ranks))
+    assert service.texts(**QUESTION) == want
+    assert len(service.ranks) == ranks
+    service.process.send_signal(signal.SIGINT)
+    assert service.end(5) == 0
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_every_process_within_five_seconds(signum: int, busy: bool, start: Start) -> None:
+    service = start("--model-parallel", "2")
+    if busy:
+        service.generate_for_ever()
+    began = time.monotonic()
+    os.killpg(service.process.pid, signum)
+    assert service.end(5) == 0
+    assert time.monotonic() - began < 5
+
+
+def test_ctrl_c_ends_it_too_where_a_script_started_it_in_the_background(start: Start) -> None:
+    service = start("--model-parallel", "2", door=["bash", "-c", 'trap "" INT; exec "$@"', "sh", *DOOR])
+    service.process.send_signal(signal.SIGINT)
+    assert service.end(5) == 0
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_and_is_named(rank: int, busy: bool, start: Start) -> None:
+    service = start("--model-parallel", "2")
+    if busy:
+        service.generate_for_ever()
+    service.ranks[rank].kill()
+    assert service.end(10) == 20
+    until(lambda: service.lines and service.lines[-1].startswith("metaseq-api-local: error"), "the last line", 2)
+    assert f"rank {rank} of 2" in service.lines[-1]
+    assert "SIGKILL" in service.lines[-1]
+
+
+def test_no_rank_outlives_a_killed_parent(start: Start) -> None:
+    service = start("--model-parallel", "2")
+    ranks = [p.pid for p in service.ranks]
+    service.process.kill()
+    until(lambda: all(map(gone, ranks)), "the ranks to be gone", 10)
+
+
+def test_a_request_that_runs_when_the_end_comes_is_answered(start: Start) -> None:
+    service = start()
+    answers: list[dict[str, object]] = []
+    client = threading.Thread(
+        target=lambda: answers.append(service.complete(prompt=[7, 8], max_tokens=300, ignore_eos=True))
+    )
+    client.start()
+    until(lambda: service.running, "the request to run")
+    service.process.terminate()
+    assert service.end(5) == 0
+    client.join(10)
+    assert answers[0]["usage"]["completion_tokens"] == 300  # type: ignore[index]
+
+
+def copy_demo(folder: Path) -> Path:
+    shutil.copytree(DEMO, folder / "demo", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    return folder / "demo"
+
+
+def break_missing_shard(demo: Path) -> None:
+    (demo / "checkpoint_last-model_part-1-shard0.pt").unlink()
+
+
+def break_missing_part(demo: Path) -> None:
+    for k in (0, 1):
+        (demo / f"checkpoint_last-model_part-1-shard{k}.pt").unlink()
+
+
+def break_truncated(demo: Path) -> None:
+    file = demo / "checkpoint_last-model_part-1-shard0.pt"
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+
+
+def break_vocab(demo: Path) -> None:
+    vocab = demo / "vocab.json"
+    text = vocab.read_text("utf-8").rstrip().removesuffix("}")
+    more = ", ".join(f'"extra{i}": {2500 + i}' for i in range(100))
+    vocab.write_text(f"{text}, {more}}}", "utf-8")
+
+
+def break_tokenizer(demo: Path) -> None:
+    (demo / "merges.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "code", "says"),
+    [
+        (break_missing_shard, [], 3, "checkpoint_last-model_part-1-shard0.pt"),
+        (break_missing_part, [], 3, "checkpoint_last-model_part-1"),
+        (break_truncated, [], 4, "checkpoint_last-model_part-1-shard0.pt"),
+        (break_vocab, [], 7, "vocab.json"),
+        (break_tokenizer, [], 7, "merges.txt"),
+        (None, ["--model-parallel", "3"], 6, "--model-parallel 3"),
+        (None, ["--max-seq-len", "100000"], 2, "MAX_SEQ_LEN is 100000"),
+        (None, ["--device", "cuda"], 2, "--device cuda"),
+        (None, ["--dtype", "fp64"], 2, "--dtype"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else "",
+)
+def test_bad_input_is_one_line_and_a_distinct_exit_code(
+    damage: Callable[[Path], None] | None, arguments: list[str], code: int, says: str, tmp_path: Path, start: Start
+) -> None:
+    demo = copy_demo(tmp_path)
+    if damage:
+        damage(demo)
+    service = start(str(demo), *arguments, wait=False)
+    assert service.process.wait(60) == code, service.lines
+    errors = [line for line in service.lines if "error" in line.lower()]
+    assert len(errors) == 1, service.lines
+    assert says in errors[0]
+    assert not any("Traceback" in line for line in service.lines)
+
+
+def test_a_port_in_use_is_said_before_anything_is_started(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        service = start("--port", str(port), wait=False)
+        assert service.process.wait(60) == 9
+    assert len(service.lines) == 1
+    assert f"port {port} " in service.lines[0]
+
+
+def test_too_little_memory_is_said_before_anything_is_read(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "constants.py").write_text(f"CACHE_TOKENS = {10**12}\n")
+    service = start(wait=False)
+    assert service.process.wait(60) == 10
+    assert "GiB" in service.lines[-1]
+
+
+def test_under_torchrun_each_process_is_a_rank_and_the_answer_is_the_same(want: list[str], start: Start) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    service = start("--device", "cpu", door=[*torchrun, "metaseq_api.cli.interactive_hosted"])
+    assert service.texts(**QUESTION) == want
+    service.process.terminate()
+    service.end(20)
