@@ -21,12 +21,12 @@ DOOR = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "me
 class Service:
     """metaseq-api-local with these arguments on a free port (or another command line); what it says is in `lines`."""
 
-    def __init__(self, cwd: Path, *arguments: str, door: list[str] = DOOR, wait: bool = True) -> None:
+    def __init__(self, cwd: Path, *arguments: str, door: list[str] = DOOR, wait: bool = True, **env: str) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [*door, *arguments, *([] if "--port" in arguments else ["--port", "0"])],
             cwd=cwd,
-            env=clean_env(OMP_NUM_THREADS="1"),
+            env=clean_env(OMP_NUM_THREADS="1", **env),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
