@@ -60,7 +60,7 @@ def test_make_serve_does_all_the_set_up_and_the_readmes_curl_is_answered(clone: 
     finally:
         os.killpg(service.pid, signal.SIGINT)  # as a terminal's Ctrl-C does: to make and the service alike
         began = time.monotonic()
-        service.wait(30)
+        service.communicate(timeout=30)
         assert time.monotonic() - began < 5
 
 
