@@ -23,3 +23,5 @@ MAX_BATCH_TOKENS = 2048
 """Tokens fed in one step; longer prompts are prefilled in chunks of this size."""
 MAX_BEAM = 16
 """Most samples (n or best_of) of one prompt."""
+CACHE_TOKENS = None
+"""Tokens that the KV cache of all sequences holds. None: what memory allows, on a CPU at most 4 GiB."""

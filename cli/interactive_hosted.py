@@ -26,6 +26,9 @@ from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, ResourceErro
 from metaseq_api.launch import child, rendezvous, supervisor
 from metaseq_api.settings import Settings
 
+RANKS_PER_CORE = 4
+"""CPU ranks beyond this do nothing but wait for each other, from the first import on."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -126,6 +129,12 @@ def _num_ranks(chosen: Settings, placement: rendezvous.Placement, num_gpus: int)
     if told is None:
         return placement.num_nodes * (num_gpus if on_gpu and not chosen.demo else 1)
     here = -(-told // placement.num_nodes)
+    cores = os.cpu_count() or 1
+    if not on_gpu and here > RANKS_PER_CORE * cores:
+        raise ResourceError(
+            f"{here} ranks on {placement.node}, which has {cores} cores and no GPU for them; "
+            f"pass --model-parallel {cores} or fewer, or add nodes"
+        )
     if on_gpu and here > num_gpus:
         raise ResourceError(
             f"{here} ranks on {placement.node} need {here} GPUs, but {num_gpus} are visible; "

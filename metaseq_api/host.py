@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from metaseq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine, Limits
@@ -45,7 +46,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Prepared:
     """All that was checked before anything large is read or any other rank is met."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | WholeCheckpoint
     config: ModelConfig
     tokenizer: Tokenizer
     device: torch.device
@@ -99,7 +100,7 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
     max_seq_len = settings.max_seq_len or config.max_positions
     if max_seq_len > config.max_positions:
         raise SettingsError(
-            f"MAX_SEQ_LEN is {max_seq_len}, but this model has {config.max_positions} positions; lower it"
+            f"MAX_SEQ_LEN (--max-seq-len) is {max_seq_len}, but this model has {config.max_positions} positions; lower it"
         )
     tokenizer = Tokenizer.load(
         *find_files(settings.checkpoint, settings.bpe_vocab, settings.bpe_merges), model_vocab_size=config.vocab_size
@@ -128,12 +129,12 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
 
 def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worker:
     """Read this rank's slice of the weights, rank 0 saying how far it is, and make its cache."""
+    num_blocks = context.least(ready.memory.num_blocks)  # now: after reading, ranks may be minutes apart
     model = OPT(ready.config, context, ready.dtype)
     with progress_bar("loading") if context.is_driver else contextlib.nullcontext(None) as begin:
         layer_bytes = ready.memory.weight_bytes // ready.config.num_layers
         done = begin(layer_bytes * ready.config.num_layers) if begin else None
         model.load(ready.checkpoint, None if done is None else lambda: done(layer_bytes))
-    num_blocks = ready.memory.num_blocks
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
     return Worker(model, cache)
 
@@ -186,7 +187,7 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: sock
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     config, context, cache = ready.config, worker.model.context, worker.cache
     source = ready.checkpoint
-    prompt = "Return the" if settings.demo else "Paris is the capital of France and"
+    prompt = "Return the" if ready.tokenizer.vocab_size < 10000 else "Paris is the capital of France and"
     log.info(
         "serving %s (%s) from %d part(s) x %d shard(s), %.1f M parameters, %s on %d %s rank(s), cache %d tokens",
         _model_name(settings),

@@ -9,10 +9,11 @@ import logging
 import sys
 
 
-def setup(rank: int = 0, *, verbose: bool = False) -> None:
-    """Send this process's records to standard error, marked with `rank`."""
+def setup(rank: int | None = None, *, verbose: bool = False) -> None:
+    """Send this process's records to standard error, marked with `rank` where it is a service's."""
+    mark = "" if rank is None else f" rank{rank}"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s rank{rank} %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s{mark} %(name)s: %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.INFO)

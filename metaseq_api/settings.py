@@ -172,7 +172,7 @@ def read_constants(path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     try:
         found = runpy.run_path(str(path))
-    except Exception as e:  # an operator's own Python file may raise anything; it becomes one line
+    except (Exception, SystemExit) as e:  # an operator's own Python file may raise anything; it becomes one line
         raise SettingsError(f"{path}: {type(e).__name__}: {e}") from e
     values: dict[str, Any] = {}
     remarks: list[str] = []

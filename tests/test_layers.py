@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug"}),
     "launch": (LOW, {"submitit"}),
+    "download": (LOW | {"core"}, set()),
     "demo": (set(), set()),
     "__init__": (set(), set()),
 }
@@ -92,7 +94,7 @@ def test_broad_excepts_are_where_they_may_be() -> None:
                 assert "BaseException" not in names or any(isinstance(n, ast.Raise) for n in ast.walk(node)), path
                 assert names != "everything", path
                 assert not all(isinstance(n, ast.Pass) for n in node.body), f"{path}: except: pass"
-                if names == "Exception":
+                if re.search(r"\bException\b", names):
                     found.add(str(path.relative_to(ROOT)))
     assert found == BROAD_EXCEPTS
 

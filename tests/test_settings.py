@@ -77,6 +77,7 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("DTYPE = 'float16'", "DTYPE is 'float16'; it must be one of fp32, fp16, bf16"),
         ("raise RuntimeError('edit me')", "RuntimeError: edit me"),
         ("x = (", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:

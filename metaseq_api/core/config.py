@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metaseq_api.errors import ParallelSizeError
+from metaseq_api.errors import CheckpointMismatch, ParallelSizeError
 
 POSITION_OFFSET = 2
 """Rows 0 and 1 of the position table serve no token: the first token of a text takes row 2 (padding id 1, plus 1)."""
+ACTIVATIONS = ("relu", "gelu")
+"""gelu in metaseq's sense, the tanh form. Source: metaseq/modules/activation_functions.py:18-20."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.embed_dim == 0:
             object.__setattr__(self, "embed_dim", self.hidden_dim)
+        if self.activation not in ACTIVATIONS:
+            raise CheckpointMismatch(
+                f"this model's activation is {self.activation!r}; OPT models with {' or '.join(ACTIVATIONS)} are served"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -27,6 +27,8 @@ class Sequence:
 
     seq_id: int
     prompt_len: int
+    group: int = 0
+    """The request it belongs to; requests take turns."""
     token_ids: list[int]
     params: SamplingParams
     max_len: int

@@ -10,6 +10,7 @@ Knows the life of a request. Does not know HTTP, files, or how the processes wer
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import random
 import threading
@@ -110,7 +111,7 @@ class Engine:
         """
         self._check(request)
         ticket = Ticket(request, lambda t: self._inbox.put((t, "cancel")))
-        num = len(request.prompts) * request.params.num_samples
+        num = ticket.num_sequences
         with self._lock:
             if self._stopped:
                 raise EngineStopped(self._stopped)
@@ -153,7 +154,7 @@ class Engine:
     def run(self) -> None:
         """Answer requests until stopped; returns when every one is answered, also where a step failed."""
         try:
-            while self._stop_at is None or (self._by_ticket and time.monotonic() < self._stop_at):
+            while self._stop_at is None or (self._num_queued and time.monotonic() < self._stop_at):
                 self.turn()
             self._channel.send_stop()
         except Exception:
@@ -176,6 +177,8 @@ class Engine:
 
     def _take_in(self) -> None:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
+        if time.monotonic() - self._channel.last_heard >= self._heartbeat_s:
+            self._channel.send_heartbeat()  # requests may have come that needed no step
         idle = not self._by_ticket
         if idle:
             self._scheduler.check_idle()
@@ -218,6 +221,7 @@ class Engine:
             seq_id=self._next_id,
             prompt_len=len(token_ids),
             token_ids=token_ids,
+            group=id(ticket),
             params=params,
             max_len=min(len(token_ids) + params.max_tokens, self._limits.max_seq_len),
             leader=None if leader is None else leader.seq,
@@ -242,21 +246,21 @@ class Engine:
         """One step on all ranks, from the order to the answers."""
         self._channel.send_batch(step.batch)
         tokens: dict[int, Scored | None] = {}
+        unsound: set[Ticket] = set()
         rows = _rows(step)
         for logits in self._worker.run(step.batch):
             assert logits is not None
             here, rows = rows[: len(logits)], rows[len(logits) :]
-            self._score_prompts(logits, here)
+            unsound |= self._score_prompts(logits, here)
             self._sample(logits, here, tokens)
         self._channel.last_heard = time.monotonic()
         self._scheduler.apply(step, {i: s.token_id for i, s in tokens.items() if s is not None})
+        unsound |= {self._tracks[i].ticket for i, scored in tokens.items() if scored is None}
+        for ticket in unsound:
+            self._give_up(ticket)
         for seq_id, scored in tokens.items():
             track = self._tracks.get(seq_id)
-            if track is None:
-                continue  # its request was given up just now
-            if scored is None:
-                self._give_up(track.ticket)
-            else:
+            if track is not None and scored is not None:
                 track.take(scored, EOS_ID)
                 if track.reason is not None:
                     self._answer(track)
@@ -264,8 +268,12 @@ class Engine:
             if seq.params.max_tokens == 0 and seq.num_cached == seq.prompt_len and seq.seq_id in self._tracks:
                 self._answer(self._tracks[seq.seq_id])
 
-    def _score_prompts(self, logits: Tensor, rows: list[tuple[Sequence, int]]) -> None:
-        """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1."""
+    def _score_prompts(self, logits: Tensor, rows: list[tuple[Sequence, int]]) -> set[Ticket]:
+        """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1.
+
+        Returns the requests whose scores are not numbers.
+        """
+        unsound = set()
         by_seq: dict[int, list[int]] = {}
         for at, (seq, position) in enumerate(rows):
             if seq.scores_prompt and position + 1 < seq.prompt_len:
@@ -276,6 +284,9 @@ class Engine:
             chosen = logits if len(ats) == len(logits) else logits[ats]
             for at, scored in zip(ats, self._sampler.score(chosen, targets, seq.params), strict=True):
                 track.prompt_scored[rows[at][1] + 1] = scored
+                if scored.logprob is None or math.isnan(scored.logprob):
+                    unsound.add(track.ticket)
+        return unsound
 
     def _sample(self, logits: Tensor, rows: list[tuple[Sequence, int]], tokens: dict[int, Scored | None]) -> None:
         ats = [at for at, (seq, i) in enumerate(rows) if i + 1 == len(seq.token_ids) and seq.params.max_tokens]
@@ -300,12 +311,12 @@ class Engine:
 
     def _drop(self, ticket: Ticket) -> None:
         """Forget a request that has ended, and free what it holds."""
-        for track in self._by_ticket.pop(ticket, []):
+        for track in self._by_ticket.pop(ticket):
             self._scheduler.finish(track.seq)
             self._tracks.pop(track.seq.seq_id, None)
             self._leaders.pop((ticket, track.prompt_index), None)
-            with self._lock:
-                self._num_queued -= 1
+        with self._lock:
+            self._num_queued -= ticket.num_sequences
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""
@@ -316,6 +327,8 @@ class Engine:
             ticket, what = self._inbox.get_nowait()
             if what == "add":
                 ticket.fail(EngineStopped(self._stopped))
+                with self._lock:
+                    self._num_queued -= ticket.num_sequences
 
     def _check(self, request: Request) -> None:
         p, window = request.params, self._limits.max_seq_len

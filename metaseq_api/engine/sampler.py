@@ -18,6 +18,8 @@ from metaseq_api.core import SamplingParams
 
 CANDIDATES = (64, 1024)
 """How many of the likeliest tokens top_p looks at first; all of them where these do not hold enough."""
+COLDEST, LEAST = 1e-6, 1e-30
+"""Temperatures and top_p below these choose no differently, but leave what fp32 can tell from zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ def _tempered(logits_RV: Tensor, params: Seq[SamplingParams]) -> Tensor:
     """Logits over temperature; a greedy row's as they are."""
     if all(p.greedy or p.temperature == 1 for p in params):
         return logits_RV
-    heat = [1.0 if p.greedy else p.temperature for p in params]
+    heat = [1.0 if p.greedy else max(p.temperature, COLDEST) for p in params]
     return logits_RV / torch.tensor(heat, device=logits_RV.device)[:, None]
 
 
@@ -103,7 +105,7 @@ def _draw(scores_RV: Tensor, rows: Seq[Row]) -> Tensor:
     for size in sizes:
         if not cut:
             break
-        top_p = torch.tensor([rows[i].params.top_p for i in cut], device=probs_RV.device)[:, None]
+        top_p = torch.tensor([max(rows[i].params.top_p, LEAST) for i in cut], device=probs_RV.device)[:, None]
         top_k = torch.tensor([rows[i].params.top_k or size + 1 for i in cut], device=probs_RV.device)[:, None]
         values, ids = probs_RV[cut].topk(size)
         before = values.cumsum(-1) - values

@@ -23,6 +23,11 @@ class Ticket:
         self._error: MetaseqApiError | None = None
 
     @property
+    def num_sequences(self) -> int:
+        """All samples of all prompts."""
+        return len(self.request.prompts) * self.request.params.num_samples
+
+    @property
     def ended(self) -> bool:
         return self._ended.is_set()
 
@@ -41,9 +46,8 @@ class Ticket:
     def add(self, completion: Completion) -> None:
         """Engine: one more sample is done; the last one completes the answer."""
         self._completions.append(completion)
-        params = self.request.params
-        if len(self._completions) == len(self.request.prompts) * params.num_samples:
-            self._completions = _best(self._completions, params.n)
+        if len(self._completions) == self.num_sequences:
+            self._completions = _best(self._completions, self.request.params.n)
             self._ended.set()
 
     def fail(self, error: MetaseqApiError) -> None:

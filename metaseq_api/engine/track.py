@@ -70,7 +70,11 @@ class Track:
         text = self.stop.text
         ids = [s.token_id for s in self.scored]
         prompt_text = tok.decode(prompt_ids) if p.echo or p.logprobs is not None else ""
-        offsets = tok.offsets([*prompt_ids, *ids]) if self.ended_by_stop or p.logprobs is not None else []
+        offsets: list[int] = []
+        if self.ended_by_stop or p.logprobs is not None:
+            # apart, as the text is decoded: a prompt of ids may end inside a character
+            behind = len(tok.decode(prompt_ids))
+            offsets = [*tok.offsets(prompt_ids), *(behind + o for o in tok.offsets(ids))]
         if self.ended_by_stop:  # a token that begins behind the cut goes with it
             start = offsets[len(prompt_ids)] if ids else 0
             kept = sum(1 for o in offsets[len(prompt_ids) :] if o - start < len(text))

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PATIENCE = datetime.timedelta(minutes=10)
+"""How long a rank waits for the others to start; nodes of one job may come minutes apart."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelContext:
@@ -49,6 +52,14 @@ class ParallelContext:
         dist.gather(x, parts, dst=0, group=self.group)
         return parts
 
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers, on all of them."""
+        if self.tensor_size == 1:
+            return number
+        smallest = torch.tensor([number])
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.control)
+        return int(smallest)
+
     def wait_for_all(self, what: str, *, timeout_s: float) -> None:
         """Return once every rank has come here; unlike a collective, ranks may arrive minutes apart.
 
@@ -68,6 +79,8 @@ def join(*, rank: int, world_size: int, init: str, device: torch.device, timeout
         return ParallelContext(device=device)
     timeout = datetime.timedelta(seconds=timeout_s)
     store = _store(init, rank, world_size)
+    store.set(f"here/{rank}", "1")  # gloo's own patience is timeout_s, and ranks may start minutes apart
+    store.wait([f"here/{r}" for r in range(world_size)], PATIENCE)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return ParallelContext(
@@ -92,7 +105,6 @@ def _store(init: str, rank: int, world_size: int) -> Any:
     scheme, _, address = init.partition("://")
     host, _, port = address.rpartition(":")
     listens = scheme == "tcp" and rank == 0  # behind agent:// torchrun's own agent listens already
-    patience = datetime.timedelta(minutes=10)  # nodes of one job may start minutes apart
     return dist.TCPStore(  # type: ignore[attr-defined]
-        host.strip("[]"), int(port), world_size, is_master=listens, timeout=patience
+        host.strip("[]"), int(port), world_size, is_master=listens, timeout=PATIENCE
     )

@@ -2,8 +2,8 @@
 
 The rules, in their order:
 1. every running sequence whose prompt is in the cache gets its one token;
-2. running sequences whose prompt is not, then waiting ones in order of arrival, get what is left of the step's budget
-   of tokens, in chunks;
+2. running sequences whose prompt is not, then waiting ones, get what is left of the step's budget of tokens, in chunks;
+   requests take turns: the one with fewest sequences running comes first, of equals the one that came first;
 3. where blocks run out, the youngest running sequence gives its blocks back and waits at the head of the queue (its
    tokens are kept and computed again), so that the oldest always gets on;
 4. the second and later samples of a prompt wait until the first has it in the cache, and share its full blocks.
@@ -13,7 +13,7 @@ Does not know tensors, text, sampling, or time.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from metaseq_api.core import Batch, BatchItem, Sequence, Status
@@ -37,12 +37,13 @@ class Scheduler:
         self.pool = pool
         self._max_tokens = max_batch_tokens
         self._max_size = max_batch_size
-        self._waiting: deque[Sequence] = deque()
+        self._preempted: deque[Sequence] = deque()
+        self._waiting: dict[int, deque[Sequence]] = {}  # by request, in order of arrival
         self._running: list[Sequence] = []  # oldest first
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._preempted) + sum(map(len, self._waiting.values()))
 
     @property
     def num_running(self) -> int:
@@ -51,14 +52,14 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into the pool when it is alone."""
         assert self.pool.blocks_for(seq.max_len) <= self.pool.num_blocks
-        self._waiting.append(seq)
+        self._waiting.setdefault(seq.group, deque()).append(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it stands; its blocks are free at once. Harmless when it is out already."""
         if seq.status is Status.RUNNING:
             self._running.remove(seq)
-        elif seq.status is Status.WAITING and seq in self._waiting:
-            self._waiting.remove(seq)
+        elif seq.status is Status.WAITING:
+            self._leave_queue(seq)
         self._release(seq)
         seq.status = Status.FINISHED
         seq.leader = None
@@ -76,7 +77,7 @@ class Scheduler:
         # a sequence scheduled above may since have been preempted for an older one; then nobody new comes in
         still = [(seq, num) for seq, num in items if seq.status is Status.RUNNING]
         full, items = len(still) < len(items), still
-        while budget and not full and self._waiting and len(self._running) < self._max_size:
+        while budget and not full and len(self._running) < self._max_size:
             first = self._next_waiting()
             if first is None or not self._admit(first):
                 break
@@ -99,7 +100,7 @@ class Scheduler:
 
     def check_idle(self) -> None:
         """Assert that nothing was leaked, when nothing waits or runs."""
-        if not self._waiting and not self._running:
+        if not self.num_waiting and not self._running:
             self.pool.check_idle()
 
     def _take(self, seq: Sequence, budget: int, items: list[tuple[Sequence, int]]) -> int:
@@ -126,12 +127,15 @@ class Scheduler:
         return True
 
     def _next_waiting(self) -> Sequence | None:
-        """The first waiting sequence that need not wait for its leader's prompt."""
-        for seq in self._waiting:
-            leader = seq.leader
-            if leader is None or leader.status is Status.FINISHED or leader.num_cached >= seq.prompt_len:
-                return seq
-        return None
+        """Whose turn it is, of those that need not wait for their leader's prompt."""
+        if self._preempted:
+            return self._preempted[0]
+        running = Counter(s.group for s in self._running)
+        best: Sequence | None = None
+        for group, queue in self._waiting.items():
+            if best is None or running[group] < running[best.group]:
+                best = next((s for s in queue if not _waits_for_leader(s)), best)
+        return best
 
     def _admit(self, seq: Sequence) -> bool:
         """Start a sequence if the blocks of its whole prompt are free (minus those it shares); else leave it."""
@@ -142,7 +146,7 @@ class Scheduler:
         needed = self.pool.blocks_for(len(seq.token_ids)) - len(shared)
         if needed > self.pool.num_free:
             return False
-        self._waiting.remove(seq)
+        self._leave_queue(seq)
         self.pool.share(shared)
         seq.block_ids = list(shared)
         seq.num_cached = len(shared) * self.pool.block_size
@@ -156,7 +160,15 @@ class Scheduler:
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_preemptions += 1
-        self._waiting.appendleft(seq)
+        self._preempted.appendleft(seq)
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        if seq in self._preempted:
+            self._preempted.remove(seq)
+        elif seq in (queue := self._waiting.get(seq.group, deque())):
+            queue.remove(seq)
+            if not queue:
+                del self._waiting[seq.group]
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.block_ids)
@@ -173,3 +185,8 @@ class Scheduler:
             block_ids=tuple(seq.block_ids[: self.pool.blocks_for(stop)]),
             num_logits=num if scoring else int(ends),
         )
+
+
+def _waits_for_leader(seq: Sequence) -> bool:
+    leader = seq.leader
+    return leader is not None and leader.status is not Status.FINISHED and leader.num_cached < seq.prompt_len

@@ -13,7 +13,8 @@ class StopChecker:
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._text = ""
-        self._seen = 0  # characters before which no stop string begins and ends
+        self._seen = 0  # characters before which no stop string begins
+        self._past = 0  # where the text ended when a stop string was last forbidden
 
     @property
     def text(self) -> str:
@@ -26,9 +27,10 @@ class StopChecker:
         """
         self._text += piece
         if not check or not self._stop:
-            self._seen = max(0, len(self._text) - self._longest + 1)
+            self._past = len(self._text)
             return False
-        found = [at for at in (self._text.find(s, self._seen) for s in self._stop) if at >= 0]
+        places = (self._text.find(s, max(self._seen, self._past - len(s) + 1)) for s in self._stop)
+        found = [at for at in places if at >= 0]
         if found:
             self._text = self._text[: min(found)]
             return True

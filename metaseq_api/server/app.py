@@ -234,7 +234,10 @@ class _Front:
 
     def _broken(self, error: Exception) -> Response:
         ours = error if isinstance(error, MetaseqApiError) else MetaseqApiError()
-        log.error("request %s failed", g.http_id, exc_info=error)
+        if isinstance(error, MetaseqApiError):
+            log.error("request %s failed: %s", g.http_id, error)
+        else:
+            log.error("request %s failed", g.http_id, exc_info=error)
         g.said = ours.code
         says = f"something went wrong in the server; its log has the reason under request id {g.http_id}"
         answer = _json(schema.render_error(ours, says), ours.status)

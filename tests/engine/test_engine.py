@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,6 +274,34 @@ def test_logits_that_are_not_numbers_fail_one_request_alone(engine: Engine) -> N
     with pytest.raises(MetaseqApiError, match="not numbers"):
         bad.result(20)
     assert list(good.result(20)[0].token_ids) == hf_greedy(prompt(6), 20)
+
+
+def test_scores_that_are_not_numbers_fail_loudly_too(engine: Engine) -> None:
+    original = engine._worker.run
+    engine._worker.run = lambda batch: (x * torch.nan for x in original(batch) if x is not None)  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(MetaseqApiError, match="not numbers"):
+        ask(engine, prompt(8), max_tokens=0, echo=True, logprobs=0)
+    engine._worker.run = original  # type: ignore[method-assign]
+    ask(engine, prompt(8), max_tokens=0, echo=True, logprobs=0)
+
+
+def test_other_ranks_hear_of_the_engine_while_requests_need_no_step(engine: Engine) -> None:
+    beats = []
+    original = engine._channel.send_heartbeat
+    engine._channel.send_heartbeat = lambda: (beats.append(1), original())[1]  # type: ignore[method-assign]
+    deadline = time.monotonic() + 20
+    while len(beats) < 3:  # never idle for as long as a heartbeat takes
+        ask(engine, "the", max_tokens=0, echo=True)
+        assert time.monotonic() < deadline
+
+
+def test_offsets_are_those_of_the_text_where_a_prompt_ends_inside_a_character(engine: Engine) -> None:
+    half = [*engine.encode("ab"), engine.encode("€")[0]]
+    (got,) = ask(engine, half, max_tokens=30, seed=3, echo=True, logprobs=0, ignore_eos=True)
+    assert got.logprobs is not None
+    for token, offset in zip(got.logprobs.tokens, got.logprobs.text_offset, strict=True):
+        if not token.startswith("bytes:"):
+            assert got.text[offset : offset + len(token)] == token
 
 
 def test_a_failing_step_ends_the_engine_and_tells_everybody(tmp_path: Path) -> None:

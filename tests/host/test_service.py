@@ -181,7 +181,7 @@ def break_tokenizer(demo: Path) -> None:
         (break_vocab, [], 7, "vocab.json"),
         (break_tokenizer, [], 7, "merges.txt"),
         (None, ["--model-parallel", "3"], 6, "--model-parallel 3"),
-        (None, ["--max-seq-len", "100000"], 2, "MAX_SEQ_LEN is 100000"),
+        (None, ["--max-seq-len", "100000"], 2, "(--max-seq-len) is 100000"),
         (None, ["--device", "cuda"], 2, "--device cuda"),
         (None, ["--dtype", "fp64"], 2, "--dtype"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.hf_opt import VARIANTS, config_of, logits, metaseq_weights, tiny_opt
 from support.steps import Driver
+from transformers import OPTForCausalLM
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import OPT_SHAPES
@@ -18,7 +19,7 @@ def tokens(n: int, seed: int = 0) -> list[int]:
     return [2, *torch.randint(4, 160, (n - 1,), generator=generator).tolist()]
 
 
-def driver(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Driver, object]:
+def driver(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Driver, OPTForCausalLM]:
     hf = tiny_opt(variant)
     return Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), dtype=dtype), hf
 
@@ -74,17 +75,17 @@ def test_a_block_left_full_of_nan_does_not_reach_its_next_owner() -> None:
     torch.testing.assert_close(torch.cat(got), logits(hf, prompt), atol=1e-4, rtol=0)
 
 
-# A logit is a sum of D products of numbers of order 1 rounded to p bits: its error is about 2**-p * sqrt(layers * 4)
-# relative to the logits' spread. bf16 has 8 bits, fp16 has 11; twice that estimate allows for the order of the sums.
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
-@pytest.mark.parametrize("variant", ["pre-norm", "350m"])
-def test_half_precision_stays_within_its_rounding(variant: str, dtype: torch.dtype, bits: int) -> None:
+# The tolerance is Hugging Face's own error in the same dtype, against its fp32 logits: rounding to 8 or 11 bits between
+# the same operations costs either of us about as much (measured: 0.7 to 1.2 times; 2026-11-20).
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_errs_no_more_than_hugging_face_does(variant: str, dtype: torch.dtype) -> None:
     ours, hf = driver(variant, dtype)
     prompt = tokens(40)
     want = logits(hf, prompt)
+    theirs = logits(hf.to(dtype), prompt)
     got = ours.step((prompt[:39], 0, [0, 1, 2, 3, 4])) + ours.step((prompt, 39, [0, 1, 2, 3, 4]))
-    error = (torch.cat(got) - want).abs().max() / want.std()
-    assert error < 2 * 2.0**-bits * (2 * 4) ** 0.5 * 4
+    assert (torch.cat(got) - want).abs().max() < 1.5 * (theirs - want).abs().max()
 
 
 @pytest.mark.parametrize("name", OPT_SHAPES)

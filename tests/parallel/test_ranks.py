@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import rank_logits
+from support import late_rank, rank_logits
 from support.hf_opt import config_of, metaseq_weights, tiny_opt
 from support.steps import Driver
 
@@ -33,6 +33,16 @@ def test_ranks_together_give_one_ranks_logits(size: int, tmp_path: Path) -> None
         # bf16: partial sums are rounded to 8 bits before they are added up
         close = 1e-4 if dtype is torch.float32 else 8 * 2.0**-8 * float(want.std())
         torch.testing.assert_close(got, want, atol=close, rtol=0)
+
+
+def test_a_rank_may_come_later_than_a_collective_may_take(tmp_path: Path) -> None:
+    script = Path(late_rank.__file__)
+    env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(r), str(tmp_path / "store"), str(late_s)], env=env)
+        for r, late_s in ((0, 0), (1, 4))
+    ]
+    assert [p.wait(60) for p in ranks] == [0, 0]
 
 
 class Recorder:

@@ -10,9 +10,10 @@ from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 
 
-def seq(i: int, prompt_len: int, max_tokens: int = 10, leader: Sequence | None = None) -> Sequence:
+def seq(i: int, prompt_len: int, max_tokens: int = 10, leader: Sequence | None = None, group: int = 0) -> Sequence:
     return Sequence(
         seq_id=i,
+        group=group,
         prompt_len=prompt_len,
         token_ids=list(range(prompt_len)),
         params=SamplingParams(max_tokens=max_tokens),
@@ -86,6 +87,17 @@ def test_no_more_run_at_once_than_allowed() -> None:
         s.add(seq(i, 2))
     assert set(fed(run(s))) == {0, 1}
     assert (s.num_running, s.num_waiting) == (2, 2)
+
+
+def test_requests_take_turns_so_that_a_short_one_does_not_wait_for_a_strangers_batch() -> None:
+    s = scheduler(size=2)
+    for i in range(10):
+        s.add(seq(i, 2, max_tokens=3, group=1))
+    run(s)
+    s.add(seq(99, 2, max_tokens=1, group=2))
+    while 99 not in (started := fed(run(s))):
+        assert s.num_waiting > 1, "it came last"
+    assert set(started) & {2, 3}
 
 
 def test_a_full_pool_makes_the_request_wait() -> None:

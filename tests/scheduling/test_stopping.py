@@ -30,6 +30,21 @@ def test_text_before_min_tokens_is_not_searched_again() -> None:
     assert checker.text == "the end of it "
 
 
+def test_a_forbidden_match_stays_forbidden_beside_a_longer_stop_string() -> None:
+    checker = StopChecker(("ab", "abcdefgh"))
+    assert not checker.push("xxab", check=False)
+    assert not checker.push("y")
+    assert checker.push("ab")
+    assert checker.text == "xxaby"
+
+
+def test_a_match_that_only_began_while_forbidden_counts() -> None:
+    checker = StopChecker(("end",))
+    assert not checker.push("the en", check=False)
+    assert checker.push("d")
+    assert checker.text == "the "
+
+
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_pieces_do_not_matter(text: str, stop: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))

@@ -29,6 +29,7 @@ def main() -> None:
     rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     context = join(rank=rank, world_size=size, init=f"file://{store}", device=torch.device("cpu"), timeout_s=60)
+    assert context.least(100 - rank) == 101 - size
     found = []
     for variant, dtype in CASES:
         hf = tiny_opt(variant)

@@ -1,0 +1,45 @@
+"""metaseq-api-inspect tells what a folder holds, and by its exit code whether it can be served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from metaseq_api.cli.inspect_checkpoint import main
+
+from metaseq_api.settings import DEMO
+
+
+def test_it_tells_layout_model_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DEMO), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "2 parts x 2 shards" in facts["layout"]
+    assert "4 layers of 256" in facts["model"]
+    assert facts["dtypes"].startswith("float16")
+    assert "1, 2, 4 rank(s)" in facts["tensor-parallel"]
+    assert "findings" not in facts
+
+
+def test_a_sound_checkpoint_is_verified_with_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DEMO), "--verify"]) == 0
+    assert "none" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_damaged_one_names_the_file_and_ends_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    names = [folder / f"checkpoint_last-model_part-0-shard{k}.pt" for k in (0, 1)]
+    shutil.copy(names[0], names[1])
+    code = main([str(folder), "--verify"])
+    said = capsys.readouterr()
+    assert code in (4, 5)  # 5 where the padding alone tells already
+    assert names[1].name in said.out + said.err
+
+
+def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere"]) == 3
+    err = capsys.readouterr().err
+    assert "nowhere" in err
+    assert len(err.splitlines()) == 1

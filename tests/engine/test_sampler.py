@@ -1,0 +1,93 @@
+"""Each row is sampled by its own parameters, at their edges too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metaseq_api.core import SamplingParams
+from metaseq_api.engine.sampler import Row, Sampler
+
+VOCAB = 3000
+SAMPLER = Sampler(num_tokens=VOCAB - 8, eos_id=2, banned=[1])
+
+
+def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def row(uniform: float = 0.5, allow_eos: bool = True, **params: object) -> Row:
+    return Row(params=SamplingParams(**params), uniform=uniform, allow_eos=allow_eos)  # type: ignore[arg-type]
+
+
+def choose(values: torch.Tensor, *rows: Row) -> list[int]:
+    found = SAMPLER.sample(values, rows)
+    return [s.token_id for s in found if s is not None]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0}, {"top_p": 0}, {"top_k": 1}, {"top_p": 1e-46}, {"temperature": 1e-39}, {"temperature": 1e-300}],
+)
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_the_likeliest_token_is_taken_where_nothing_else_is_left(params: dict[str, float], uniform: float) -> None:
+    values = logits()
+    assert choose(values, row(uniform, **params)) == [int(values[0, : VOCAB - 8].argmax())]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(0.5, None), (0.9, None), (0.999, None), (1.0, 5), (0.9, 200), (1.0, 2500)]
+)
+def test_only_the_nucleus_is_drawn_from_and_all_of_it(top_p: float, top_k: int | None) -> None:
+    values = logits()
+    scores = values[0, : VOCAB - 8].clone()
+    scores[1] = -torch.inf
+    probs, ids = scores.softmax(-1).sort(descending=True)
+    kept = int(((probs.cumsum(0) - probs) < top_p).sum())
+    kept = min(kept, top_k or VOCAB)
+    num = 400
+    rows = [row((i + 0.5) / num, top_p=top_p, top_k=top_k) for i in range(num)]
+    drawn = choose(values.expand(num, -1).clone(), *rows)
+    assert set(drawn) <= set(ids[:kept].tolist())
+    weights = probs[:kept] / probs[:kept].sum()
+    for rank in range(min(kept, 3)):
+        assert drawn.count(int(ids[rank])) / num == pytest.approx(float(weights[rank]), abs=2.5 / num)
+
+
+def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
+    values = logits(rows=6)
+    rows = [
+        row(0.3),
+        row(0.9, top_p=0.7),
+        row(temperature=0),
+        row(0.6, temperature=2.0, top_k=9),
+        row(0.99, top_p=0.9999),
+        row(0.1, temperature=0.2, top_p=0.5),
+    ]
+    together = choose(values, *rows)
+    assert together == [choose(values[i : i + 1], r)[0] for i, r in enumerate(rows)]
+
+
+def test_padding_rows_and_forbidden_ends_are_never_chosen() -> None:
+    values = torch.full((1, VOCAB), -5.0)
+    values[0, [1, 2, VOCAB - 1]] = torch.tensor([9.0, 8.0, 7.0])
+    values[0, 77] = 0.0
+    assert choose(values, row(temperature=0, allow_eos=False)) == [77]
+    assert choose(values, row(temperature=0)) == [2]
+
+
+def test_a_row_that_is_not_numbers_is_told_and_alone() -> None:
+    values = logits(rows=2)
+    values[0, 5] = torch.nan
+    bad, good = SAMPLER.sample(values, [row(temperature=0), row(temperature=0)])
+    assert bad is None
+    assert good is not None
+
+
+def test_log_probabilities_are_the_models_after_temperature() -> None:
+    values = logits()
+    (scored,) = SAMPLER.sample(values, [row(0.4, temperature=0.5, top_p=0.9, logprobs=3)])
+    want = (values / 0.5).log_softmax(-1)[0]
+    assert scored is not None
+    assert scored.logprob == pytest.approx(float(want[scored.token_id]), abs=1e-5)
+    assert [i for i, _ in scored.top] == want.topk(3).indices.tolist()
