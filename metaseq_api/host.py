@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from metaseq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from metaseq_api.checkpoint.checkpoint import Checkpoint
+from metaseq_api.checkpoint.opening import open_checkpoint
+from metaseq_api.checkpoint.verify import glance
 from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine, Limits
 from metaseq_api.engine.worker import Worker, follow
-from metaseq_api.errors import MemoryTooSmall, RankFailed, SettingsError
+from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
@@ -100,8 +102,14 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
     max_seq_len = settings.max_seq_len or config.max_positions
     if max_seq_len > config.max_positions:
         raise SettingsError(
-            f"MAX_SEQ_LEN (--max-seq-len) is {max_seq_len}, but this model has {config.max_positions} positions; lower it"
+            f"MAX_SEQ_LEN (--max-seq-len) is {max_seq_len}, but this model has {config.max_positions} positions; "
+            "lower it"
         )
+    if rank.rank == 0 and isinstance(checkpoint, Checkpoint):
+        for finding in glance(checkpoint):
+            if finding.fatal:
+                raise CheckpointMismatch(f"{finding.path} {finding.what}")
+            log.warning("%s: %s", finding.path, finding.what)
     tokenizer = Tokenizer.load(
         *find_files(settings.checkpoint, settings.bpe_vocab, settings.bpe_merges), model_vocab_size=config.vocab_size
     )

@@ -1,4 +1,5 @@
-"""Text to token ids and back: byte-level BPE from a vocab.json and merges.txt pair, as OPT's models use it.
+"""Text to token ids and back: byte-level BPE from a vocab.json and merges.txt pair, as OPT's models use it, or from the
+one tokenizer.json that holds both.
 
 Knows that ids come in model order with <s>, <pad>, </s>, <unk> in front, and which bytes each id stands for. No text is
 special: `</s>` in a prompt is four ordinary characters. Does not know the model, or which ids a request may hold.
@@ -27,7 +28,7 @@ START_ID = 0
 UNK_ID = 3
 
 _FRONT = (("<s>", "<BOS>"), ("<pad>", "<PAD>"), ("</s>", "<EOS>"), ("<unk>", "<UNK>"))
-_NAMES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
+_NAMES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"), ("tokenizer.json",) * 2)
 
 
 def _byte_letters() -> dict[str, int]:
@@ -43,6 +44,8 @@ _LETTERS = _byte_letters()
 def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[Path, Path]:
     """The vocab and merges files: those named, else the first known pair beside the checkpoint or one folder up.
 
+    Where all there is is a tokenizer.json, as transformers 5 writes, both are that.
+
     Raises: TokenizerError saying what was looked for.
     """
     if vocab is not None and merges is not None:
@@ -56,7 +59,7 @@ def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[P
             pair = place / names[0], place / names[1]
             if pair[0].is_file() and pair[1].is_file():
                 return pair
-    wanted = " nor ".join(" with ".join(names) for names in _NAMES)
+    wanted = " nor ".join(" with ".join(dict.fromkeys(names)) for names in _NAMES)
     raise TokenizerError(
         f"no tokenizer: neither {wanted} is in {here} or {here.parent}; "
         "put OPT's two files there or name them with BPE_VOCAB and BPE_MERGES"
@@ -66,7 +69,10 @@ def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[P
 def _read_vocab(path: Path) -> dict[str, int]:
     try:
         vocab = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+        if isinstance(vocab, dict) and isinstance(vocab.get("model"), dict):  # a tokenizer.json
+            added = {token["content"]: token["id"] for token in vocab.get("added_tokens") or ()}
+            vocab = {**vocab["model"]["vocab"], **added}
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise TokenizerError(f"{path}: cannot be read as a JSON vocabulary: {e}") from e
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise TokenizerError(f"{path}: not a vocabulary; wanted one JSON object of token: id")
@@ -88,8 +94,13 @@ def _read_vocab(path: Path) -> dict[str, int]:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, ValueError) as e:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            pairs = json.loads(text)["model"]["merges"]
+            lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+        else:
+            lines = text.split("\n")
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise TokenizerError(f"{path}: cannot be read as merges: {e}") from e
     merges = []
     for number, line in enumerate(lines, 1):

@@ -1,8 +1,9 @@
 """One file written by torch.save, opened without torch.load: its object tree, and views of its tensors.
 
-Opening reads the zip directory and the pickle. A view maps the pages of one tensor and lets go of them, and of the
-file, when it is dropped: a thousand files at a time need no thousand handles, and a file larger than memory no room.
-Every offset the file states is checked against the file before it is used. Does not know metaseq.
+Opening reads the zip directory, or what stands for it in a file of before torch 1.6, and the pickle. A view maps the
+pages of one tensor and lets go of them, and of the file, when it is dropped: a thousand files at a time need no
+thousand handles, and a file larger than memory no room. Every offset the file states is checked against the file
+before it is used. Does not know metaseq.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import mmap
 import os
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from metaseq_api.checkpoint.unpickle import StoredTensor, read_pickle
+from metaseq_api.checkpoint.legacy import read_legacy
+from metaseq_api.checkpoint.unpickle import MAX_PICKLE, StoredTensor, read_pickle
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+TAR_MARK = slice(257, 262)
 REMEDY = "fetch or write the file again"
 
 
@@ -33,21 +37,16 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         try:
             with path.open("rb") as file:
                 self._identity = _identity(file)
                 self.size = file.seek(0, os.SEEK_END)
-                self._records = self._directory(file)
-                if "data.pkl" not in self._records:
-                    raise self.corrupt("is a zip file, but torch.save did not write it (no data.pkl)")
-                if "byteorder" in self._records and self._bytes(file, "byteorder") != b"little":
-                    raise self.corrupt("is not from a little-endian machine", "save it again on one")
-                pickled = self._bytes(file, "data.pkl")
+                self.tree: Any = self._zipped(file) if self._is_zip(file) else self._legacy(file)
         except OSError as error:
             raise self._unreadable(error) from None
-        try:
-            self.tree: Any = read_pickle(pickled)
         except ValueError as error:
             raise self.corrupt(str(error)) from None
 
@@ -60,23 +59,40 @@ class Archive:
             return CheckpointNotFound(f"{self.path} does not exist; name an existing file")
         return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it readable")
 
-    def _directory(self, file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
-        """Records by name, without the folder that torch.save puts before each."""
+    def _is_zip(self, file: IO[bytes]) -> bool:
         file.seek(0)
-        head = file.read(4)
+        head = file.read(TAR_MARK.stop)
         if not head:
             raise self.corrupt("is empty")
-        if head[:1] == b"\x80":
-            raise self.corrupt(
-                "is in the format of torch before 1.6, which cannot be read piecewise",
-                "convert it once with torch.load and torch.save",
-            )
-        if head != b"PK\x03\x04":
+        if head[TAR_MARK] == b"ustar":
+            raise self.corrupt("is a tar file of torch before 0.2", "load it there, and save it with a later torch")
+        if head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":
             raise self.corrupt("is not a file of torch.save")
+        return head[:1] == b"P"
+
+    def _legacy(self, file: IO[bytes]) -> Any:
+        tree, places = read_legacy(file)
+        self._starts = {f"data/{key}": start for key, (start, _) in places.items()}
+        self._sizes = {f"data/{key}": num_bytes for key, (_, num_bytes) in places.items()}
+        return tree
+
+    def _zipped(self, file: IO[bytes]) -> Any:
+        self._infos = self._directory(file)
+        self._sizes = {name: info.file_size for name, info in self._infos.items()}
+        if "data.pkl" not in self._infos:
+            raise self.corrupt("is a zip file, but torch.save did not write it (no data.pkl)")
+        if "byteorder" in self._infos and self._bytes(file, "byteorder") != b"little":
+            raise self.corrupt("is not from a little-endian machine", "save it again on one")
+        return read_pickle(self._bytes(file, "data.pkl"))
+
+    def _directory(self, file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
+        """Records by name, without the folder that torch.save puts before each."""
         try:
             infos = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError):
             raise self.corrupt(f"is cut off or damaged: its {self.size} bytes do not end in a directory") from None
+        if any(info.filename.endswith("/constants.pkl") for info in infos):
+            raise self.corrupt("is a TorchScript program, not a checkpoint", "name the file it was made from")
         records: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             name = info.filename.partition("/")[2] or info.filename
@@ -90,7 +106,7 @@ class Archive:
     def _start(self, file: IO[bytes], name: str) -> int:
         """Where a record's bytes begin; the header before them has a length of its own."""
         if name not in self._starts:
-            info = self._records[name]
+            info = self._infos[name]
             file.seek(info.header_offset)
             mark, name_len, extra_len = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             start = info.header_offset + LOCAL_HEADER.size + name_len + extra_len
@@ -100,17 +116,19 @@ class Archive:
         return self._starts[name]
 
     def _bytes(self, file: IO[bytes], name: str) -> bytes:
+        if self._sizes[name] > MAX_PICKLE:
+            raise self.corrupt(f"has {self._sizes[name]} bytes in {name}, more than any checkpoint")
         file.seek(self._start(file, name))
-        return file.read(self._records[name].file_size)
+        return file.read(self._sizes[name])
 
     def check(self, tensor: StoredTensor) -> str:
         """Find the record of a tensor's storage, and check that the tensor lies within."""
         name = f"data/{tensor.key}"
-        info = self._records.get(name)
-        if info is None:
+        size = self._sizes.get(name)
+        if size is None:
             raise self.corrupt(f"has no record {name} for one of its tensors")
-        if tensor.end * tensor.dtype.itemsize > info.file_size:
-            raise self.corrupt(f"has {info.file_size} bytes in {name}, too few for the tensor kept there")
+        if tensor.end * tensor.dtype.itemsize > size:
+            raise self.corrupt(f"has {size} bytes in {name}, too few for the tensor kept there")
         return name
 
     def place(self, tensor: StoredTensor) -> int:
@@ -150,6 +168,12 @@ class Archive:
         else:
             flat = torch.frombuffer(window, dtype=tensor.dtype, count=count, offset=start - base)
         return flat.as_strided(tensor.shape, tensor.stride)
+
+    def flat(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+        """Map numbers start to stop of a tensor, in order, and no others unless it lies in the file out of order."""
+        if not tensor.in_order:
+            return self.view(tensor).reshape(-1)[start:stop]
+        return self.view(replace(tensor, offset=tensor.offset + start, shape=(stop - start,), stride=(1,)))
 
 
 def _identity(file: IO[bytes]) -> tuple[int, ...]:

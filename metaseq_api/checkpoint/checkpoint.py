@@ -15,10 +15,10 @@ import torch
 
 from metaseq_api.checkpoint import rules
 from metaseq_api.checkpoint.archive import Archive
-from metaseq_api.checkpoint.folder import FileSet, find, with_numbers
+from metaseq_api.checkpoint.folder import FileSet, with_numbers
 from metaseq_api.checkpoint.part import Header, Part, check_same
 from metaseq_api.checkpoint.tensors import LocalTensor, LogicalTensor
-from metaseq_api.core.config import POSITION_OFFSET, ModelConfig, heads_from_shape
+from metaseq_api.core.config import POSITION_OFFSET, ModelConfig, heads_from_shape, tensor_shapes
 from metaseq_api.errors import CheckpointMismatch, CheckpointNotFound
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -113,7 +113,7 @@ class Checkpoint:
                 return
 
     def _check_shapes(self) -> None:
-        wanted = expected_shapes(self.config)
+        wanted = tensor_shapes(self.config)
         for name in sorted(set(wanted) | set(self._tensors)):
             found = self._tensors[name].shape if name in self._tensors else None
             if found != wanted.get(name):
@@ -121,14 +121,6 @@ class Checkpoint:
                     f"{self.path} has {_shape(found)} for {name}, where a model of {self.config.num_layers} layers and "
                     f"width {self.config.hidden_dim} has {_shape(wanted.get(name))}; is a file of another model there?"
                 )
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint in a folder, or the one that a file or metaseq's `folder/reshard.pt` stands for.
-
-    Raises: CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt, naming the file.
-    """
-    return Checkpoint(find(path))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -152,32 +144,6 @@ def _join(parts: Sequence[Mapping[str, LocalTensor]]) -> Iterable[tuple[str, Log
                 shape[dim] *= len(locals_)
             sources = tuple((source, third * num_rows) for source in locals_)
             yield name, LogicalTensor(name, tuple(shape), local.dtype, dim, sources)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name every logical weight of a model and its shape."""
-    d, f, e = config.hidden_dim, config.ffn_dim, config.embed_dim
-    out: dict[str, tuple[int, ...]] = {
-        rules.EMBED: (config.vocab_size, e),
-        rules.POSITIONS: (config.max_positions + POSITION_OFFSET, d),
-    }
-    if config.has_projection:
-        out |= {"decoder.project_in_dim.weight": (d, e), "decoder.project_out_dim.weight": (e, d)}
-    if config.final_norm:
-        out |= {"decoder.layer_norm.weight": (d,), "decoder.layer_norm.bias": (d,)}
-    if not config.tied_output:
-        out[rules.OUTPUT] = (config.vocab_size, e)
-    for layer in range(config.num_layers):
-        at = f"decoder.layers.{layer}."
-        linear = {f"self_attn.{third}": (d, d) for third in rules.QKV} | {"self_attn.out_proj": (d, d)}
-        linear |= {"fc1": (f, d), "fc2": (d, f)}
-        for name, shape in linear.items():
-            out[f"{at}{name}.weight"] = shape
-            if config.bias:
-                out[f"{at}{name}.bias"] = shape[:1]
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            out |= {f"{at}{norm}.weight": (d,), f"{at}{norm}.bias": (d,)}
-    return out
 
 
 def _config(checkpoint: Checkpoint) -> ModelConfig:

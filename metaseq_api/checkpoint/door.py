@@ -51,12 +51,13 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 
 def guarded(job: Callable[[], object]) -> int:
     """Run a door's job; an error the user can act on becomes one line and its exit code."""
+    prog = Path(sys.argv[0]).stem
     try:
         job()
     except MetaseqApiError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{prog}: error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; files that were not finished do not have their final name", file=sys.stderr)  # noqa: T201
+        print(f"{prog}: interrupted; files that were not finished do not have their final name", file=sys.stderr)  # noqa: T201
         return 130
     return 0

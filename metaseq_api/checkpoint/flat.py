@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,16 @@ def read_units(metadata: Any) -> tuple[tuple[Unit, ...], dict[str, int]]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"its shard_metadata is not fairscale's ({type(error).__name__}: {error})") from None
     return tuple(units), padding
+
+
+def relaid(units: Sequence[Unit], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit, ...]:
+    """Units of unflattened weights: metadata tells which belong together, the tensors how large they are.
+
+    After metaseq's reshard_mp the shapes in the metadata are those of the files before.
+    """
+    if any(name not in shapes for unit in units for name in unit.names):
+        return ()
+    return tuple(replace(unit, shapes=tuple(shapes[name] for name in unit.names)) for unit in units)
 
 
 def write_units(units: Iterable[Unit], shard: int, num_shards: int, buffers: Iterable[str]) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def find(path: Path) -> FileSet:
         return collect(groups.get((prefix, part is None, shard is None), [path]))
     names = {f"{prefix}.pt" for prefix, _, _ in groups}
     if not groups:
-        raise CheckpointNotFound(f"{folder} holds no .pt file; name the folder that has the checkpoint's files")
+        where = path if path.is_dir() else f"{path} does not exist, and {folder}"
+        raise CheckpointNotFound(f"{where} holds no .pt file; name the folder that has the checkpoint's files")
     if not path.is_dir():
         chosen = [files for (prefix, _, _), files in groups.items() if path.name in (prefix, f"{prefix}.pt")]
         if not chosen:

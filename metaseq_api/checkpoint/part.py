@@ -6,48 +6,25 @@ other parts, or what the tensors mean.
 
 from __future__ import annotations
 
-import math
+import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from metaseq_api.checkpoint.archive import Archive
-from metaseq_api.checkpoint.flat import Unit, held, is_flat, read_units, units_of
+from metaseq_api.checkpoint.bare import bare_units
+from metaseq_api.checkpoint.flat import Unit, held, is_flat, read_units, relaid, units_of
 from metaseq_api.checkpoint.folder import numbers, with_numbers
 from metaseq_api.checkpoint.inert import plain
 from metaseq_api.checkpoint.rules import EMBED, OUTPUT, clean, is_ignored
+from metaseq_api.checkpoint.slices import FlatSlices
 from metaseq_api.checkpoint.tensors import LocalTensor, Run
 from metaseq_api.checkpoint.unpickle import StoredTensor
 from metaseq_api.errors import CheckpointMismatch, CheckpointNotFound
 
-
-@dataclass(frozen=True, slots=True)
-class FlatSlices:
-    """A unit's slices, one of each shard in order, padding at the end of each."""
-
-    unit: Unit
-    stored: tuple[tuple[Archive, StoredTensor], ...]
-
-    def tensors(self) -> dict[str, LocalTensor]:
-        """Find the unit's parameters in the slices."""
-        length = self.stored[0][1].numel
-        starts = accumulate(self.unit.numels, initial=0)
-        return {
-            name: self._tensor(name, shape, start, length)
-            for name, shape, start in zip(self.unit.names, self.unit.shapes, starts, strict=False)
-        }
-
-    def _tensor(self, name: str, shape: tuple[int, ...], start: int, length: int) -> LocalTensor:
-        stop = start + math.prod(shape)
-        runs = []
-        for shard in range(start // length, -(-stop // length)) if length else ():
-            first, last = max(start, shard * length), min(stop, (shard + 1) * length)
-            archive, stored = self.stored[shard]
-            runs.append(Run(first - start, last - first, archive, stored, first - shard * length))
-        return LocalTensor(name, shape, self.stored[0][1].dtype, tuple(runs))
+log = logging.getLogger(__name__)
 
 
 def weights_of(archive: Archive) -> dict[str, StoredTensor]:
@@ -81,12 +58,6 @@ class Header:
         """Raises: CheckpointCorrupt, CheckpointMismatch."""
         weights = weights_of(archive)
         metadata = archive.tree.get("shard_metadata")
-        flat = any(is_flat(name) for name in weights)
-        if metadata is None and flat:
-            raise CheckpointMismatch(
-                f"{archive.path} holds flat parameters without shard_metadata, so that their shapes are unknown; "
-                "use a file of raw FSDP shards or one with unflattened weights"
-            )
         if metadata is None:
             return Header(archive, weights, (), {})
         try:
@@ -95,17 +66,22 @@ class Header:
             raise archive.corrupt(str(error)) from None
         if any(unit.key in weights for unit in units):
             return Header(archive, weights, units, padding)
-        return Header(archive, weights, _relaid(units, weights), {})
+        return Header(archive, weights, relaid(units, {name: tensor.shape for name, tensor in weights.items()}), {})
 
     @cached_property
     def is_flat(self) -> bool:
-        return any(unit.key in self.weights for unit in self.units)
+        return any(unit.key in self.weights for unit in self.units) or any(map(is_flat, self.weights))
 
     @cached_property
     def cfg(self) -> dict[str, Any]:
-        """The configuration it was trained with, as plain dicts; empty where it has none."""
-        cfg = plain(self.archive.tree.get("cfg"))
-        return cfg if isinstance(cfg, dict) else {}
+        """The configuration it was trained with, as plain dicts; empty where it has none.
+
+        Files older than cfg have the model's share of it under "args".
+        """
+        cfg, args = (plain(self.archive.tree.get(key)) for key in ("cfg", "args"))
+        if isinstance(cfg, dict):
+            return cfg
+        return {"model": args} if isinstance(args, dict) else {}
 
     @cached_property
     def num_updates(self) -> int | None:
@@ -119,7 +95,7 @@ class Header:
     def model(self) -> Hashable:
         """What all files of one checkpoint have in common."""
         shapes: tuple[Any, ...]
-        if self.is_flat:
+        if self.is_flat and self.units:
             shapes = tuple((unit.key, unit.names, unit.shapes, self.weights.get(unit.key)) for unit in self.units)
             shapes = tuple((*s[:3], None if s[3] is None else (s[3].dtype, s[3].shape)) for s in shapes)
         else:
@@ -130,16 +106,29 @@ class Header:
         return shapes, *(str(named.get(key)) for key in ("decoder_attention_heads", "activation_fn"))
 
 
-def _relaid(units: Sequence[Unit], weights: Mapping[str, StoredTensor]) -> tuple[Unit, ...]:
-    """Units of unflattened weights: metadata tells which belong together, the tensors how large they are.
+def laid_out(headers: Sequence[Header]) -> list[Header]:
+    """Give the shards of a part, which say nothing of what is in them, the units and padding that their lengths mean.
 
-    After metaseq's reshard_mp the shapes in the metadata are those of the files before.
+    Raises: CheckpointMismatch.
     """
-    if {name for unit in units for name in unit.names} - set(weights):
-        return ()
-    return tuple(
-        Unit(u.path, u.flat_name, u.names, tuple(weights[name].shape for name in u.names), u.shared) for u in units
-    )
+    first = headers[0]
+    lengths = {name: tensor.numel for name, tensor in first.weights.items() if not is_ignored(name)}
+    units = bare_units(lengths, len(headers), first.cfg)
+    if units is None:
+        key, length = max(lengths.items(), key=lambda pair: (is_flat(pair[0]), pair[1]))
+        raise CheckpointMismatch(
+            f"{first.archive.path} holds flat parameters without shard_metadata, and {len(headers)} x {length} numbers "
+            f"of {key} are those of no OPT that its cfg or a published size describes; put all shards of a part "
+            "together, or use raw FSDP shards or unflattened weights"
+        )
+    out = []
+    for shard, header in enumerate(headers):
+        padding = {u.key: lengths[u.key] - len(held(u.numel, lengths[u.key], shard)) for u in units}
+        for key, num_zeros in padding.items():
+            if header.archive.flat(header.weights[key], lengths[key] - num_zeros, lengths[key]).any():
+                raise header.archive.corrupt(f"ends {key} with {num_zeros} numbers too many that are not zeros")
+        out.append(replace(header, units=units, padding=padding))
+    return out
 
 
 def check_same(headers: Sequence[Header]) -> None:
@@ -164,6 +153,11 @@ class Part:
     def __init__(self, headers: Sequence[Header]) -> None:
         """Raises: CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt, naming the file."""
         check_same(headers)
+        for header in headers:
+            for tensor in header.weights.values():
+                header.archive.check(tensor)
+        if headers[0].is_flat and not headers[0].units:
+            headers = laid_out(headers)
         self.headers = tuple(headers)
         self.first = headers[0]
         self.is_flat = self.first.is_flat
@@ -172,9 +166,6 @@ class Part:
                 f"{headers[1].archive.path} holds whole tensors, as does {self.first.archive.path}; "
                 "these are parts (--input of reshard_mp), not shards of one part"
             )
-        for header in headers:
-            for tensor in header.weights.values():
-                header.archive.check(tensor)
         if self.is_flat:
             self._check_slices()
 
@@ -197,13 +188,22 @@ class Part:
     def _stores_tied_output(self) -> bool:
         """Where the output projection is stored whole, cfg or a common storage tells whether it is the embedding.
 
-        A flat unit holds a shared parameter once, so that one found there is a parameter of its own.
+        A flat unit holds a shared parameter once, so that one found there is a parameter of its own. metaseq's
+        stitching leaves one part's rows of it beside the whole embedding, which is never a parameter of its own.
         """
         weights, model = self.first.weights, self.first.cfg.get("model")
         if self.is_flat or OUTPUT not in weights:
             return False
-        said = isinstance(model, dict) and bool(model.get("share_decoder_input_output_embed", False))
-        return said or weights[OUTPUT] == weights.get(EMBED)
+        said = model.get("share_decoder_input_output_embed") if isinstance(model, dict) else None
+        output, embed = weights[OUTPUT], weights.get(EMBED)
+        broken = embed is not None and output.shape != embed.shape
+        tied = bool(said) or (broken and said is None) or output == embed
+        if tied and broken:
+            shape, path = " x ".join(map(str, output.shape)), self.first.archive.path
+            log.warning(
+                "%s: %s is %s, a piece; it is tied to the embedding, which is read instead", path, OUTPUT, shape
+            )
+        return tied
 
     @cached_property
     def tensors(self) -> dict[str, LocalTensor]:

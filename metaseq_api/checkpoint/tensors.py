@@ -36,7 +36,7 @@ class Run:
     def view(self, start: int, stop: int) -> Tensor:
         """Map numbers start to stop of the parameter, which this run holds."""
         at = self.offset + start - self.start
-        return self.archive.view(self.stored).reshape(-1)[at : at + stop - start]
+        return self.archive.flat(self.stored, at, at + stop - start)
 
 
 @dataclass(frozen=True, slots=True)

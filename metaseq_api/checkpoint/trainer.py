@@ -128,8 +128,10 @@ def _old_storage_api() -> Iterator[None]:
         yield
 
 
-def fsdp_wrap(model: FlatOPT, rank: int, num_shards: int) -> nn.Module:
+def fsdp_wrap(model: FlatOPT, rank: int, num_shards: int, *, wrap_layers: bool = True) -> nn.Module:
     """Wrap a loaded model as rank `rank` of `num_shards` would hold it: a unit per layer and one for the rest.
+
+    wrap_layers: False makes one unit of it all, as small models are trained without activation checkpointing.
 
     The model is all fp16 or all fp32, as fairscale demands.
     """
@@ -151,7 +153,7 @@ def fsdp_wrap(model: FlatOPT, rank: int, num_shards: int) -> nn.Module:
         )
 
     with _old_storage_api():
-        for index, layer in enumerate(model.decoder.layers):
+        for index, layer in enumerate(model.decoder.layers if wrap_layers else ()):
             model.decoder.layers[index] = unit(layer)
         return unit(model)
 
@@ -293,6 +295,7 @@ def write_trainer_checkpoint(
     optimizer_state: bool = True,
     prefix: str = "checkpoint_last",
     num_updates: int = 1000,
+    wrap_layers: bool = True,
 ) -> list[Path]:
     """Shard a whole model by fairscale's FSDP into `{prefix}-model_part-J-shardK.pt`; one process plays every rank.
 
@@ -308,7 +311,9 @@ def write_trainer_checkpoint(
         for shard in range(num_shards):
             model = FlatOPT(config, num_parts)
             model.load_state_dict({"decoder.version": model.decoder.version, **share})
-            fsdp = fsdp_wrap(model.half() if dtype == torch.float16 else model.float(), shard, num_shards)
+            fsdp = fsdp_wrap(
+                model.half() if dtype == torch.float16 else model.float(), shard, num_shards, wrap_layers=wrap_layers
+            )
             adam = moments(fsdp, num_updates) if optimizer_state else None
             state = trainer_state(fsdp, config, num_parts=num_parts, optimizer_state=adam, num_updates=num_updates)
             state["model"] = OrderedDict((name, tensor.to(dtype)) for name, tensor in state["model"].items())

@@ -14,13 +14,15 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import IO, Any, ClassVar
 
 import torch
 
 MAX_DIMS = 16
 MAX_SIZE = 2**40
+MAX_PICKLE = 1 << 26
+"""Units: bytes. What trainers leave is below one megabyte, or some more with a list of documents."""
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -77,11 +79,12 @@ class Stub:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of numbers kept in a record of its own."""
+    """A run of numbers kept in a record of its own, or those of a record from `start` on."""
 
     key: str
     dtype: torch.dtype
     numel: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,16 @@ class StoredTensor:
         for size in self.shape:
             n *= size
         return n
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its numbers follow one another in the storage."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
 
     @property
     def end(self) -> int:
@@ -123,7 +136,11 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dty
     out = StoredTensor(storage.key, dtype, offset, _sizes(shape), _sizes(stride))
     if len(out.shape) != len(out.stride) or len(out.shape) > MAX_DIMS or out.end > numel or out.numel > numel:
         raise ValueError("a tensor reaches past its storage")
-    return out
+    if not storage.start:
+        return out
+    if dtype != storage.dtype:
+        raise ValueError("a tensor of another type than the storage that it shares")
+    return replace(out, offset=offset + storage.start)
 
 
 def _parameter(data: Any, *_: Any) -> StoredTensor:
@@ -200,10 +217,14 @@ calls an object is written anew below; extensions and out-of-band buffers do not
 _Base: Any = pickle._Unpickler  # the one in Python: its memo is a dict, not an array
 
 
-class _Machine(_Base):  # type: ignore[misc]
+class Machine(_Base):  # type: ignore[misc]
     dispatch: ClassVar[dict[int, Any]] = {
         getattr(pickle, op)[0]: _Base.dispatch[getattr(pickle, op)[0]] for op in _KEPT.split()
     }
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
@@ -214,9 +235,19 @@ class _Machine(_Base):  # type: ignore[misc]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise ValueError("an unknown reference")
         kind, key, numel = pid[1], pid[2], pid[4]
-        if not (isinstance(kind, Global) and kind.name in STORAGES and type(key) is str and type(numel) is int):
+        known = isinstance(kind, Global) and kind.name in STORAGES
+        if not (known and type(key) is str and key.isprintable() and type(numel) is int):
             raise ValueError("an unknown kind of storage")
-        return Storage(key, STORAGES[kind.name], numel)
+        whole = Storage(key, STORAGES[kind.name], numel)
+        if not 0 <= numel < MAX_SIZE or self.storages.setdefault(key, whole) != whole:
+            raise ValueError("a storage of two kinds")
+        view = pid[5] if len(pid) > 5 else None
+        if view is None:
+            return whole
+        _, start, length = view  # as torch before 0.4 shared storages
+        if not (type(start) is type(length) is int and 0 <= start <= numel - length <= numel):
+            raise ValueError("a view reaches past its storage")
+        return replace(whole, numel=length, start=start)
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -308,12 +339,42 @@ class _Machine(_Base):  # type: ignore[misc]
     )
 
 
+class _Bounded:
+    """A file of which a pickle may read so much and no more, whatever lengths it states."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, MAX_PICKLE
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise EOFError(f"it states a length of {size} bytes")
+        self._left -= size
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        line = self._file.readline(self._left)
+        self._left -= len(line)
+        return line
+
+
+def read_stream(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+    """Read the pickle that begins where the file stands, and list the storages it refers to by their keys.
+
+    Raises: ValueError where it is damaged.
+    """
+    return _run(Machine(_Bounded(file)))
+
+
 def read_pickle(data: bytes) -> Any:
     """Turn a pickle into dicts, lists, numbers, texts, Stubs and StoredTensors.
 
     Raises: ValueError where it is damaged.
     """
+    return _run(Machine(io.BytesIO(data)))[0]
+
+
+def _run(machine: Machine) -> tuple[Any, dict[str, Storage]]:
     try:
-        return _Machine(io.BytesIO(data)).load()
+        return machine.load(), machine.storages
     except BROKEN as error:
-        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from None
+        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {ascii(str(error))[1:-1]})") from None

@@ -67,39 +67,44 @@ def save(tree: Any, path: Path, progress: Progress = lambda num_bytes: None) -> 
 
     Raises: ResourceError where the disk is full, the path unusable, or another process writes the same file.
     """
+    with finished(path, sum(s.num_bytes for s in streams(tree))) as (file, partial):
+        with skip_data():
+            torch.save(_skeleton(tree, {}), partial)
+        archive = Archive(partial)
+        for stream, stored in dict(_places(tree, archive.tree)).items():
+            _fill(file, archive.place(stored), stream, progress)
+
+
+@contextlib.contextmanager
+def finished(path: Path, num_bytes: int) -> Iterator[tuple[int, Path]]:
+    """Give an open file and its temporary name; the file gets the name `path` when all went well, else it is removed.
+
+    Raises: ResourceError where the disk has not `num_bytes` free, or for any OSError within.
+    """
     try:
-        _save(tree, path, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, free = path.with_name(f"{path.name}.partial"), shutil.disk_usage(path.parent).free
+        if num_bytes > free:
+            raise ResourceError(
+                f"{path} needs {num_bytes} bytes, and {path.parent} has {free} free; make room or go elsewhere"
+            )
+        with _locked(partial) as file:
+            try:
+                yield file, partial
+                os.fsync(file)
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full while writing {path}; make room and run this again") from None
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _save(tree: Any, path: Path, progress: Progress) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    wanted, free = sum(s.num_bytes for s in streams(tree)), shutil.disk_usage(path.parent).free
-    if wanted > free:
-        raise ResourceError(
-            f"{path} needs {wanted} bytes, and {path.parent} has {free} free; make room or go elsewhere"
-        )
-    with _locked(partial) as file:
-        try:
-            with skip_data():
-                torch.save(_skeleton(tree, {}), partial)
-            archive = Archive(partial)
-            for stream, stored in dict(_places(tree, archive.tree)).items():
-                _fill(file, archive.place(stored), stream, progress)
-            os.fsync(file)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -149,11 +154,17 @@ def _fill(file: int, at: int, stream: Stream, progress: Progress) -> None:
     end = at + stream.num_bytes
     for chunk in stream.chunks():
         assert chunk.dtype == stream.dtype, f"a chunk of {chunk.dtype} for a tensor of {stream.dtype}"
-        numbers: Any = chunk.contiguous().view(torch.uint8).numpy()
-        data = memoryview(numbers)
-        assert len(data) <= end - at, "more numbers than the tensor has"
-        while data:
-            done = os.pwrite(file, data[:CHUNK], at)
-            data, at = data[done:], at + done
-            progress(done)
+        assert chunk.numel() * chunk.itemsize <= end - at, "more numbers than the tensor has"
+        at = put(file, at, chunk, progress)
     assert at == end, f"{end - at} bytes of a tensor were not written"
+
+
+def put(file: int, at: int, chunk: Tensor, progress: Progress) -> int:
+    """Write numbers at a place of a file; the place after them."""
+    numbers: Any = chunk.contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = memoryview(numbers)
+    while data:
+        done = os.pwrite(file, data[:CHUNK], at)
+        data, at = data[done:], at + done
+        progress(done)
+    return at

@@ -106,3 +106,31 @@ def heads_from_shape(num_layers: int, hidden_dim: int) -> int | None:
         if (config.num_layers, config.hidden_dim) == (num_layers, hidden_dim):
             return config.num_heads
     return None
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a whole model by metaseq's name, q, k and v apart.
+
+    Source: metaseq/models/transformer_decoder.py:88-191.
+    """
+    d, f, e = config.hidden_dim, config.ffn_dim, config.embed_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "decoder.embed_tokens.weight": (config.vocab_size, e),
+        "decoder.embed_positions.weight": (config.max_positions + POSITION_OFFSET, d),
+    }
+    if not config.tied_output:
+        shapes["decoder.output_projection.weight"] = (config.vocab_size, e)
+    if config.has_projection:
+        shapes |= {"decoder.project_in_dim.weight": (d, e), "decoder.project_out_dim.weight": (e, d)}
+    matrices = {f"self_attn.{x}_proj": (d, d) for x in ("q", "k", "v", "out")} | {"fc1": (f, d), "fc2": (d, f)}
+    for i in range(config.num_layers):
+        prefix = f"decoder.layers.{i}"
+        for name, shape in matrices.items():
+            shapes[f"{prefix}.{name}.weight"] = shape
+            if config.bias:
+                shapes[f"{prefix}.{name}.bias"] = shape[:1]
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{prefix}.{name}.{leaf}": (d,) for leaf in ("weight", "bias")}
+    if config.final_norm:
+        shapes |= {f"decoder.layer_norm.{leaf}": (d,) for leaf in ("weight", "bias")}
+    return shapes

@@ -77,12 +77,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Archive(tmp_path / "no.pt")
 
 
-def test_a_legacy_pickle_is_told_from_damage(saved: Path) -> None:
-    torch.save({"a": torch.zeros(3)}, saved, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointCorrupt, match=r"before 1\.6.*torch\.load and torch\.save"):
-        Archive(saved)
-
-
 def test_a_zip_of_something_else_is_told_from_a_checkpoint(saved: Path) -> None:
     with zipfile.ZipFile(saved, "w") as file:
         file.writestr("x/readme", "hello")

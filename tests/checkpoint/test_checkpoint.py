@@ -332,7 +332,7 @@ def test_weights_that_are_not_an_opts_are_refused(
 
 def test_flat_parameters_without_metadata_are_refused_by_name(tmp_path: Path) -> None:
     (path,) = write_shards(tmp_path, parts=1, shards=1)
-    edit(path, lambda state: state.pop("shard_metadata"))
+    edit(path, lambda state: (state.pop("shard_metadata"), state.pop("cfg")))
     with pytest.raises(CheckpointMismatch, match=f"{path.name} holds flat parameters without shard_metadata"):
         open_checkpoint(tmp_path)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from metaseq_api.cli.inspect_checkpoint import main
+from metaseq_api.scripts.to_hugging_face import main as to_hugging_face
 
 from metaseq_api.settings import DEMO
 
@@ -36,6 +37,15 @@ def test_a_damaged_one_names_the_file_and_ends_with_4(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert code in (4, 5)  # 5 where the padding alone tells already
     assert names[1].name in said.out + said.err
+
+
+def test_a_hugging_face_folder_is_inspected_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert to_hugging_face(["--input", str(DEMO), "--output", str(tmp_path / "hf")]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "hf"), "--verify", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["findings"] == []
+    assert "4 layers of 256" in facts["model"]
 
 
 def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,24 @@ def break_truncated(demo: Path) -> None:
         f.truncate(file.stat().st_size // 2)
 
 
+def break_swapped(demo: Path) -> None:
+    a, b = (demo / f"checkpoint_last-model_part-0-shard{k}.pt" for k in (0, 1))
+    a.rename(demo / "kept")
+    b.rename(a)
+    (demo / "kept").rename(b)
+
+
+def break_copied_part(demo: Path) -> None:
+    for k in (0, 1):
+        shutil.copy(
+            demo / f"checkpoint_last-model_part-0-shard{k}.pt", demo / f"checkpoint_last-model_part-1-shard{k}.pt"
+        )
+
+
+def break_copied_shard(demo: Path) -> None:
+    shutil.copy(demo / "checkpoint_last-model_part-0-shard1.pt", demo / "checkpoint_last-model_part-1-shard1.pt")
+
+
 def break_vocab(demo: Path) -> None:
     vocab = demo / "vocab.json"
     text = vocab.read_text("utf-8").rstrip().removesuffix("}")
@@ -178,6 +196,9 @@ def break_tokenizer(demo: Path) -> None:
         (break_missing_shard, [], 3, "checkpoint_last-model_part-1-shard0.pt"),
         (break_missing_part, [], 3, "checkpoint_last-model_part-1"),
         (break_truncated, [], 4, "checkpoint_last-model_part-1-shard0.pt"),
+        (break_swapped, [], 5, "model_part-"),
+        (break_copied_part, [], 5, "model_part-1"),
+        (break_copied_shard, [], 5, "model_part-1"),
         (break_vocab, [], 7, "vocab.json"),
         (break_tokenizer, [], 7, "merges.txt"),
         (None, ["--model-parallel", "3"], 6, "--model-parallel 3"),

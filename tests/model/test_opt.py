@@ -9,9 +9,9 @@ from support.steps import Driver
 from transformers import OPTForCausalLM
 
 from metaseq_api.core import ModelConfig
-from metaseq_api.core.config import OPT_SHAPES
+from metaseq_api.core.config import OPT_SHAPES, tensor_shapes
 from metaseq_api.errors import ParallelSizeError
-from metaseq_api.model.weights import RandomWeights, TensorWeights, tensor_shapes
+from metaseq_api.model.weights import RandomWeights, TensorWeights
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_a_code_and_nothing_written(
     else:
         out.touch()
     assert mp(args) == code
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(err) == 1
     assert words in err[0]
     assert not out.is_dir()

@@ -254,3 +254,29 @@ def test_no_files_at_all_says_what_was_looked_for(tmp_path: Path) -> None:
         find_files(tmp_path / "checkpoint", None, None)
     for word in ("gpt2-vocab.json", "merges.txt", "BPE_VOCAB", "BPE_MERGES", str(tmp_path)):
         assert word in str(error.value)
+
+
+def tokenizer_json(folder: Path, **changes: object) -> Path:
+    pairs = [line.split(" ") for line in MERGES.read_text("utf-8").splitlines()[1:] if line]
+    model = {"type": "BPE", "vocab": json.loads(VOCAB.read_text("utf-8")), "merges": pairs} | changes
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}), "utf-8")
+    return path
+
+
+def test_one_tokenizer_json_is_as_good_as_the_pair(tmp_path: Path) -> None:
+    path = tokenizer_json(tmp_path)
+    assert find_files(tmp_path, None, None) == (path, path)
+    for merges in (None, [line for line in MERGES.read_text("utf-8").splitlines()[1:] if line]):
+        path = path if merges is None else tokenizer_json(tmp_path, merges=merges)
+        found = Tokenizer.load(path, path, model_vocab_size=1 << 16)
+        text = "Return the string of naïve 東京, twice."
+        assert found.vocab_size == TOKENIZER.vocab_size
+        assert found.encode(text) == TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("changes", [{"vocab": 3}, {"merges": None}, {"merges": [1]}, {"merges": [["a"]]}])
+def test_a_tokenizer_json_that_is_none_is_named(changes: dict[str, object], tmp_path: Path) -> None:
+    path = tokenizer_json(tmp_path, **changes)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
+        Tokenizer.load(path, path, model_vocab_size=1 << 16)

@@ -1,0 +1,91 @@
+"""metaseq-api-inspect: what a folder of checkpoint files holds, without loading it; with --verify, whether it is sound.
+
+metaseq-api-inspect /data/opt/175B --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metaseq_api import log
+from metaseq_api.checkpoint.checkpoint import Checkpoint
+from metaseq_api.checkpoint.door import guarded
+from metaseq_api.checkpoint.opening import open_checkpoint
+from metaseq_api.checkpoint.verify import verify
+from metaseq_api.checkpoint.whole import WholeCheckpoint
+from metaseq_api.core.config import OPT_SHAPES, ModelConfig
+from metaseq_api.errors import CheckpointCorrupt, ParallelSizeError
+from metaseq_api.progress import progress_bar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Say what is there; exit code 0 where it can be served."""
+    parser = argparse.ArgumentParser(prog="metaseq-api-inspect", description="Say what checkpoint files hold.")
+    parser.add_argument("checkpoint", type=Path, help="a folder, or one of its files")
+    parser.add_argument("--verify", action="store_true", help="read every number and look for damage")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    args = parser.parse_args(argv)
+    log.setup()
+
+    def job() -> None:
+        checkpoint = open_checkpoint(args.checkpoint)
+        facts = describe(checkpoint)
+        if args.verify:
+            with progress_bar("verifying") as progress:
+                findings = verify(checkpoint, progress)
+            facts["findings"] = [f"{f.path}: {f.what}" for f in findings]
+        if args.json:
+            print(json.dumps(facts, indent=1))
+        else:
+            for name, value in facts.items():
+                lines = value if isinstance(value, list) else [value]
+                print("\n".join(f"{name if i == 0 else '':<16} {line}" for i, line in enumerate(lines or ["none"])))
+        if args.verify and any(f.fatal for f in findings):
+            raise CheckpointCorrupt(f"{args.checkpoint} is damaged; the findings above name the files")
+
+    return guarded(job)
+
+
+def describe(checkpoint: Checkpoint | WholeCheckpoint) -> dict[str, Any]:
+    """What the headers tell, by name."""
+    c = checkpoint.config
+    dtypes = Counter(str(checkpoint.tensor(n).dtype).removeprefix("torch.") for n in checkpoint.names())
+    return {
+        "layout": checkpoint.layout,
+        "first file": str(checkpoint.path),
+        "model": f"{model_name(c)}: {c.num_layers} layers of {c.hidden_dim}, {c.num_heads} heads, ffn {c.ffn_dim}, "
+        f"vocabulary {c.vocab_size}, window {c.max_positions}, {'pre' if c.pre_norm else 'post'}-norm",
+        "parameters": f"{c.num_params / 1e6:.1f} M",
+        "dtypes": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
+        "weights": f"{checkpoint.num_bytes / 1e9:.3f} GB",
+        "optimizer state": ", ".join(checkpoint.moments()) or "none",
+        "tensor-parallel": f"can be served over {', '.join(map(str, sizes(c)))} rank(s)",
+    }
+
+
+def model_name(config: ModelConfig) -> str:
+    """The published shape this is, if it is one."""
+    same = (n for n, c in OPT_SHAPES.items() if (c.num_layers, c.hidden_dim) == (config.num_layers, config.hidden_dim))
+    return next(same, "an OPT of its own shape")
+
+
+def sizes(config: ModelConfig) -> list[int]:
+    """Tensor-parallel sizes the model allows."""
+    allowed = []
+    for size in range(1, config.num_heads + 1):
+        try:
+            config.check_parallel(size)
+        except ParallelSizeError:
+            continue
+        allowed.append(size)
+    return allowed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""One file whose bytes are mapped, never read as a whole. Does not know what is in it.
+
+Each view maps the pages of what was asked for and lets go of them, and of the file, when it is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+
+REMEDY = "fetch or write the file again"
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+class MappedFile:
+    """A file that is not to change while it is read.
+
+    Raises: CheckpointNotFound, CheckpointCorrupt, both naming the file; so do all methods.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._identity = _identity(file)
+                self.size = file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def corrupt(self, what: str, remedy: str = REMEDY) -> CheckpointCorrupt:
+        """Make the error that says what is wrong with this file."""
+        return CheckpointCorrupt(f"{self.path} {what}; {remedy}")
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        if isinstance(error, FileNotFoundError):
+            return CheckpointNotFound(f"{self.path} does not exist; put it back, or name another checkpoint")
+        return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it a readable file")
+
+    def read(self, start: int, length: int) -> bytes:
+        """Read bytes that the caller knows to be few."""
+        try:
+            with self.path.open("rb") as file:
+                self._check_same(file)
+                file.seek(start)
+                data = file.read(length)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if len(data) != length:
+            raise self.corrupt(f"is cut off: it has {self.size} bytes, and {start + length} are wanted")
+        return data
+
+    def numbers(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Map `count` numbers from byte `start` on; to be copied from, not written to. Shapes: a vector."""
+        length = count * dtype.itemsize
+        if start < 0 or count < 0 or start + length > self.size:
+            raise self.corrupt(f"is cut off: it has {self.size} bytes, and {start + length} are wanted")
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        base = start - start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.path.open("rb") as file:
+                self._check_same(file)
+                # Private and writable, though never written to: torch warns about read-only buffers.
+                window = mmap.mmap(
+                    file.fileno(),
+                    start - base + length,
+                    flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                    offset=base,
+                )
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if start % dtype.itemsize:
+            return torch.frombuffer(window, dtype=torch.uint8, count=length, offset=start - base).clone().view(dtype)
+        return torch.frombuffer(window, dtype=dtype, count=count, offset=start - base)
+
+    def _check_same(self, file: IO[bytes]) -> None:
+        if _identity(file) != self._identity:
+            raise self.corrupt("was changed while it was being read", "start again")
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose rows follow one another."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
