@@ -1,0 +1,175 @@
+"""How fast FSDP shards are joined, and in how much memory: our way, `cp` of the same bytes, and loading everything.
+
+Makes the shards of one part of any published shape, optimizer state in them, without fairscale. Each way runs in a
+process of its own, whose anonymous memory is watched. Does not print.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaseq_api.checkpoint.contents import Form
+from metaseq_api.checkpoint.flat import Unit, slice_len, units_of, write_units
+from metaseq_api.checkpoint.reshard import reshard_fsdp
+from metaseq_api.core.config import ModelConfig, tensor_shapes
+
+WAYS = ("ours", "cp", "load all")
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One run. Units: bytes written; seconds, imports left out; bytes above what the idle process had."""
+
+    way: str
+    num_bytes: int
+    seconds: float
+    peak_anon: int
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.num_bytes / self.seconds / 1e9
+
+
+def make_shards(folder: Path, config: ModelConfig, num_shards: int, tell: Callable[[str], object]) -> list[Path]:
+    """Write `checkpoint_last-model_part-0-shardK.pt` with fp16 weights and fp32 moments; kept where they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    units = units_of(stored_shapes(config))
+    paths = [folder / f"checkpoint_last-model_part-0-shard{k}.pt" for k in range(num_shards)]
+    for shard, path in enumerate(paths):
+        if not path.exists():
+            tell(f"making {path.name}")
+            torch.save(_shard(units, config, shard, num_shards), path.with_suffix(".making"))
+            path.with_suffix(".making").rename(path)
+    return paths
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """A whole model's parameters under metaseq's fused names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(config).items():
+        if ".q_proj." in name:
+            shapes[name.replace(".q_proj.", ".qkv_proj.")] = (3 * shape[0], *shape[1:])
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            shapes[name] = shape
+    return shapes
+
+
+def _shard(units: Sequence[Unit], config: ModelConfig, shard: int, num_shards: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(shard)
+    lengths = [slice_len(u.numel, num_shards) for u in units]
+
+    def numbers(length: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.rand(length, generator=generator).to(dtype)
+
+    model = Namespace(
+        decoder_layers=config.num_layers,
+        decoder_attention_heads=config.num_heads,
+        share_decoder_input_output_embed=True,
+        activation_fn=config.activation,
+    )
+    return {
+        "cfg": {"model": model},
+        "model": {u.key: numbers(n, torch.float16) for u, n in zip(units, lengths, strict=True)}
+        | {"decoder.version": torch.tensor([3.0])},
+        "optimizer_history": [{"num_updates": 1000}],
+        "extra_state": {},
+        "last_optimizer_state": {
+            "state": {
+                i: {"step": 1000, "exp_avg": numbers(n, torch.float32), "exp_avg_sq": numbers(n, torch.float32)}
+                for i, n in enumerate(lengths)
+            },
+            "param_groups": [],
+        },
+        "shard_metadata": write_units(units, shard, num_shards, ["decoder.version"]),
+    }
+
+
+def run(way: str, shards: Sequence[Path], folder: Path) -> Figure:
+    """Join the shards' weights once. `cp` copies what our way wrote before it, and syncs it as our way does."""
+    output, before = folder / f"{way.replace(' ', '-')}.pt", folder / "ours.pt"
+    code = f"from metaseq_api.bench.files import child; child({way!r}, {list(map(str, shards))!r}, {str(output)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdin
+    process.stdout.readline()  # it has imported everything
+    idle = peak = _anon(process.pid)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    while process.poll() is None:
+        peak = max(peak, _anon(process.pid))
+        time.sleep(_POLL_S)
+    seconds = float(process.stdout.readline())
+    process.stdin.close()
+    process.stdout.close()
+    assert process.returncode == 0
+    figure = Figure(way=way, num_bytes=output.stat().st_size, seconds=seconds, peak_anon=peak - idle)
+    if output != before:
+        output.unlink()
+    return figure
+
+
+def child(way: str, shards: Sequence[str], output: str) -> None:
+    """One way in this process: say that it is ready, wait for the word, do it, say how long it took."""
+    done = {"ours": _ours, "cp": _cp, "load all": _load_all}[way]
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    began = time.perf_counter()
+    done([Path(s) for s in shards], Path(output))
+    sys.stdout.write(f"{time.perf_counter() - began}\n")
+
+
+def _ours(shards: Sequence[Path], output: Path) -> None:
+    output.unlink(missing_ok=True)
+    form = Form(unflatten=True, skip_optimizer_state=True, dtype=None, drop_metaseq_req=False)
+    reshard_fsdp(shards, str(output), form=form)
+
+
+def _cp(shards: Sequence[Path], output: Path) -> None:
+    subprocess.run(["cp", output.with_name("ours.pt"), output], check=True)
+    subprocess.run(["sync", output], check=True)
+
+
+def _load_all(shards: Sequence[Path], output: Path) -> None:
+    """As metaseq's reshard_fsdp does it: every file whole in memory, join, take apart, save."""
+    with torch.serialization.safe_globals([Namespace]):
+        files: list[Mapping[str, Any]] = [torch.load(s, weights_only=True) for s in shards]
+    weights: dict[str, torch.Tensor] = {}
+    for at, entry in enumerate(files[0]["shard_metadata"]["param_metadata"]):
+        ((flat, said),) = entry["params"].items()
+        path = f"{entry['fsdp_path']}." if entry["fsdp_path"] else ""
+        slices = []
+        for file in files:
+            ((_, own),) = file["shard_metadata"]["param_metadata"][at]["params"].items()
+            numbers = file["model"][path + flat]
+            slices.append(numbers[: numbers.numel() - own["padding"]])
+        joined = torch.split(torch.cat(slices), said["numels"])
+        weights |= {path + n: t.view(s) for n, t, s in zip(said["names"], joined, said["shapes"], strict=True)}
+    torch.save({**files[0], "model": weights, "last_optimizer_state": None}, output)
+    subprocess.run(["sync", output], check=True)
+
+
+def _anon(pid: int) -> int:
+    """Anonymous memory of a process in bytes: what the kernel cannot give up. Source: /proc/PID/status, RssAnon."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def room(folder: Path) -> int:
+    """Bytes free where the shards go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(folder).free
