@@ -58,6 +58,7 @@ types: $(BIN)/.test
 bench: $(BIN)/.test
 	$(BIN)/metaseq-api-bench --shape opt-125m --dtype fp32 --against hf
 	$(BIN)/metaseq-api-bench --shape opt-125m --dtype bf16 --against hf
+	$(BIN)/metaseq-api-bench-reshard --shape opt-1.3b --shards 8 --folder run/bench
 
 package: $(BIN)/.test
 	rm -rf build dist

@@ -45,5 +45,5 @@ def test_an_output_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     command = [*DOOR, "--smoke", "--output", str(tmp_path / "file" / "demo")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --output")
+    assert done.stderr.startswith("make_demo_checkpoint: error: --output")
     assert done.stderr.count("\n") == 1
