@@ -3,6 +3,8 @@
     python -m metaseq_api.scripts.reshard_fsdp \
         --input "/data/opt/checkpoint_last-model_part-0-shard*.pt" --output "/data/opt/reshard-model_part-0.pt" \
         --num-output-shards 1 --skip-optimizer-state True --unflatten-weights True
+
+With `{part}` in both patterns, as in "x-model_part-{part}-shard*.pt", all parts are done, one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
-from metaseq_api.checkpoint.door import Parser, expand, guarded
+from metaseq_api.checkpoint.door import Parser, by_part, guarded
 from metaseq_api.checkpoint.reshard import reshard_fsdp
 from metaseq_api.progress import progress_bar
 
@@ -21,9 +23,18 @@ from metaseq_api.progress import progress_bar
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="reshard_fsdp", description="Join or cut the FSDP shards of one part.")
     parser.add_argument(
-        "--input", "--input-glob-pattern", required=True, nargs="+", help='the shards, e.g. "dir/x-shard*.pt"'
+        "--input",
+        "--input-glob-pattern",
+        required=True,
+        nargs="+",
+        help='the shards, e.g. "dir/x-shard*.pt"; {part} for all parts',
     )
-    parser.add_argument("--output", "--output-shard-name", required=True, help="{i} stands for the shard's number")
+    parser.add_argument(
+        "--output",
+        "--output-shard-name",
+        required=True,
+        help="{i} stands for the shard's number, {part} for the part's",
+    )
     parser.add_argument("--num-output-shards", type=int, default=1)
     parser.add_switch("--unflatten-weights", None, "write named tensors; default: where there is one output")
     parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")
@@ -40,15 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=DTYPES.get(args.output_dtype),
             drop_metaseq_req=args.drop_metaseq_req,
         )
-        with progress_bar("writing") as progress:
-            paths = reshard_fsdp(
-                expand(args.input),
-                args.output,
-                num_output_shards=args.num_output_shards,
-                form=form,
-                progress=progress,
-            )
-        print("\n".join(map(str, paths)))
+        for inputs, output in by_part(args.input, args.output):
+            with progress_bar("writing") as progress:
+                paths = reshard_fsdp(
+                    inputs, output, num_output_shards=args.num_output_shards, form=form, progress=progress
+                )
+            print("\n".join(map(str, paths)))
 
     return guarded(job)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import glob
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from metaseq_api.errors import CheckpointNotFound, MetaseqApiError
+from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, SettingsError
+
+PART = "{part}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +50,27 @@ def expand(patterns: Sequence[str]) -> list[Path]:
             raise CheckpointNotFound(f"--input {pattern} matches no file; give the path or pattern of existing files")
         paths += map(Path, found)
     return list(dict.fromkeys(paths))
+
+
+def by_part(patterns: Sequence[str], output: str) -> list[tuple[list[Path], str]]:
+    """The inputs and the output of each job: one, or one for each part where `{part}` stands for its number in both.
+
+    Raises: CheckpointNotFound, SettingsError.
+    """
+    if not any(PART in p for p in (*patterns, output)):
+        return [(expand(patterns), output)]
+    if PART not in output or not all(PART in p for p in patterns):
+        raise SettingsError(f"{PART} must stand in both --input and --output, where it is each part's number")
+    found: set[int] = set()
+    for pattern in patterns:
+        before, _, after = pattern.partition(PART)
+        name = re.compile(re.escape(Path(before).name) + r"(\d+)")
+        files = (Path(file) for file in glob.glob(before + "*" + after))
+        found |= {int(match[1]) for file in files if (match := name.match(file.name))}
+    if not found:
+        raise CheckpointNotFound(f"--input {patterns[0]} matches no file; {PART} stands for the part's number")
+    jobs = [(j, [p.replace(PART, str(j)) for p in patterns]) for j in range(max(found) + 1)]
+    return [(expand(inputs), output.replace(PART, str(j))) for j, inputs in jobs]
 
 
 def guarded(job: Callable[[], object]) -> int:

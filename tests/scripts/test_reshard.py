@@ -101,6 +101,36 @@ def test_bad_input_is_one_line_and_a_code_and_nothing_written(
     assert not out.is_dir()
 
 
+def test_a_pattern_that_names_the_part_does_them_all(tmp_path: Path) -> None:
+    write_shards(tmp_path, parts=2, shards=3)
+    pattern = f"{tmp_path}/checkpoint_last-model_part-{{part}}-shard*.pt"
+    assert fsdp(["--input", pattern, "--output", f"{tmp_path}/all/reshard-model_part-{{part}}.pt"]) == 0
+    whole, apart = open_checkpoint(tmp_path / "all"), open_checkpoint(tmp_path)
+    assert (whole.num_parts, whole.num_shards) == (2, 1)
+    for name in apart.names():
+        assert torch.equal(whole.tensor(name).read_all(), apart.tensor(name).read_all())
+
+
+@pytest.mark.parametrize(
+    ("remove", "output", "code", "says"),
+    [
+        (None, "all/reshard.pt", 2, "must stand in both"),
+        (0, "all/reshard-{part}.pt", 3, "model_part-0"),
+        ("all", "all/reshard-{part}.pt", 3, "matches no file"),
+    ],
+)
+def test_a_pattern_for_parts_says_what_is_missing(
+    remove: object, output: str, code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in write_shards(tmp_path, parts=2, shards=1):
+        if remove == "all" or (remove == 0 and "part-0" in path.name):
+            path.unlink()
+    pattern = f"{tmp_path}/checkpoint_last-model_part-{{part}}-shard*.pt"
+    assert fsdp(["--input", pattern, "--output", f"{tmp_path}/{output}"]) == code
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
 def test_an_unknown_flag_or_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args in (["--num-parts", "2"], ["--skip-optimizer-state", "maybe"], ["--output-dtype", "int8"]):
         with pytest.raises(SystemExit) as stopped:
