@@ -25,7 +25,8 @@ from metaseq_api import errors
 from metaseq_api.core import ModelConfig, Request, SamplingParams
 from metaseq_api.core.config import OPT_SHAPES
 from metaseq_api.engine.channel import Channel
-from metaseq_api.engine.engine import Engine, Limits
+from metaseq_api.engine.engine import Engine
+from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.worker import Worker
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT

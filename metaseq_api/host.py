@@ -22,7 +22,8 @@ from metaseq_api.checkpoint.verify import glance
 from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
-from metaseq_api.engine.engine import Engine, Limits
+from metaseq_api.engine.engine import Engine
+from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.rendezvous import RankInfo, device_index

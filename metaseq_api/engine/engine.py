@@ -16,7 +16,6 @@ import random
 import threading
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from metaseq_api.core import FinishReason, Health, Request, Sequence
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.track import Track
@@ -34,15 +34,6 @@ from metaseq_api.scheduling.stopping import StopChecker
 from metaseq_api.tokenizer import EOS_ID, PAD_ID, StreamDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one request, and all together, may ask for."""
-
-    max_seq_len: int
-    max_samples: int = 16
-    max_queue: int = 4096
 
 
 class Engine:
@@ -109,7 +100,7 @@ class Engine:
 
         Raises: RequestError where it does not fit the model, Overloaded, EngineStopped.
         """
-        self._check(request)
+        self._limits.check(request, self.vocab_size)
         ticket = Ticket(request, lambda t: self._inbox.put((t, "cancel")))
         num = ticket.num_sequences
         with self._lock:
@@ -329,28 +320,6 @@ class Engine:
                 ticket.fail(EngineStopped(self._stopped))
                 with self._lock:
                     self._num_queued -= ticket.num_sequences
-
-    def _check(self, request: Request) -> None:
-        p, window = request.params, self._limits.max_seq_len
-        if not request.prompts:
-            raise RequestError("prompt is empty; send at least one", param="prompt")
-        if p.num_samples > self._limits.max_samples:
-            name = "best_of" if p.best_of else "n"
-            raise RequestError(
-                f"{name} is {p.num_samples}; this server draws at most {self._limits.max_samples}", param=name
-            )
-        for prompt in request.prompts:
-            bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
-            if bad is not None:
-                raise RequestError(f"prompt holds token {bad}; ids go from 0 to {self.vocab_size - 1}", param="prompt")
-            length = len(prompt) + (prompt[:1] != (BOS_ID,))
-            if length + p.max_tokens > window:
-                raise RequestError(
-                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens} make "
-                    f"{length + p.max_tokens}; this model's window is {window}: "
-                    + (f"ask for at most {window - length}" if length < window else "shorten the prompt"),
-                    param="max_tokens" if length < window else "prompt",
-                )
 
 
 _WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)

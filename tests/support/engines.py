@@ -13,7 +13,8 @@ from transformers import OPTForCausalLM
 
 from metaseq_api.core import Completion, Request, SamplingParams
 from metaseq_api.engine.channel import Channel
-from metaseq_api.engine.engine import Engine, Limits
+from metaseq_api.engine.engine import Engine
+from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.worker import Worker
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT
