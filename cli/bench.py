@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from metaseq_api import errors
+from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.core import ModelConfig, Request, SamplingParams
 from metaseq_api.core.config import OPT_SHAPES
 from metaseq_api.engine.channel import Channel
@@ -37,7 +38,6 @@ from metaseq_api.scheduling.scheduler import Scheduler
 from metaseq_api.settings import Settings
 from metaseq_api.tokenizer import Tokenizer, find_files
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Generate = Callable[[list[list[int]], int], object]
 """Continue every prompt by exactly so many tokens, greedily, and wait."""
 

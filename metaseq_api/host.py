@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from metaseq_api.checkpoint.checkpoint import Checkpoint
+from metaseq_api.checkpoint.checkpoint import DTYPES, Checkpoint
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import glance
 from metaseq_api.checkpoint.whole import WholeCheckpoint
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 GRACE_S = 2.0
 """Units: seconds that running requests have once the service is told to end."""
 LOAD_TIMEOUT_S = 3600.0
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

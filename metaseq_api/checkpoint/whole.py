@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.checkpoint import rules
+from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.core.config import POSITION_OFFSET, ModelConfig, heads_from_shape, tensor_shapes
 from metaseq_api.errors import CheckpointMismatch
 
@@ -26,7 +27,7 @@ BLOCK = 64 << 20
 """Units: bytes mapped at a time."""
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
 """Hugging Face's words for ours; its "gelu" is another function (erf)."""
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,7 @@ def _heads(path: Path, said: Mapping[str, Any], num_layers: int, width: int) -> 
 def _dtype(path: Path, said: Mapping[str, Any], stored: torch.dtype) -> str:
     """What the config says, else what is stored."""
     word = said.get("dtype", said.get("torch_dtype"))
-    named = {str(dtype): name for dtype, name in DTYPES.items()}.get(f"torch.{word}")
-    if named is None and stored not in DTYPES:
+    named = {str(dtype): name for name, dtype in DTYPES.items()}.get(f"torch.{word}")
+    if named is None and stored not in _NAMES:
         raise CheckpointMismatch(f"{path} holds {stored}; a checkpoint is fp32, fp16 or bf16")
-    return named or DTYPES[stored]
+    return named or _NAMES[stored]

@@ -130,6 +130,8 @@ class Scheduler:
         """Whose turn it is, of those that need not wait for their leader's prompt."""
         if self._preempted:
             return self._preempted[0]
+        if not self._waiting:  # as in most steps
+            return None
         running = Counter(s.group for s in self._running)
         best: Sequence | None = None
         for group, queue in self._waiting.items():
