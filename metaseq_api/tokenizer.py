@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -20,6 +21,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.errors import TokenizerError
 
+log = logging.getLogger(__name__)
+
 EOS_ID = BOS_ID
 """</s> ends a document, and so stands before the next one too."""
 PAD_ID = 1
@@ -27,6 +30,17 @@ START_ID = 0
 """<s>: in the vocabulary, but neither trained on nor ever put in front."""
 UNK_ID = 3
 
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "bos_token": "</s>",
+    "eos_token": "</s>",
+    "unk_token": "</s>",
+    "pad_token": "<pad>",
+    "errors": "replace",
+}
+"""As in OPT's published Hugging Face folders: </s> in front of every text."""
 _FRONT = (("<s>", "<BOS>"), ("<pad>", "<PAD>"), ("</s>", "<EOS>"), ("<unk>", "<UNK>"))
 _NAMES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"), ("tokenizer.json",) * 2)
 
@@ -64,6 +78,34 @@ def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[P
         f"no tokenizer: neither {wanted} is in {here} or {here.parent}; "
         "put OPT's two files there or name them with BPE_VOCAB and BPE_MERGES"
     )
+
+
+def files_to_copy(
+    checkpoint: Path, vocab: Path | None, merges: Path | None, *, vocab_size: int, hugging_face: bool
+) -> dict[str, bytes]:
+    """Read the tokenizer's files, to stand beside another form of the same checkpoint, by the names they have there.
+
+    None where there are none beside the checkpoint, with a word in the log. Raises: TokenizerError where the files
+    that were named, or found, are not this model's.
+    """
+    try:
+        pair = find_files(checkpoint, vocab, merges)
+    except TokenizerError as error:
+        if vocab is not None or merges is not None:
+            raise
+        log.warning("%s; the model is written without", error)
+        return {}
+    Tokenizer.load(*pair, model_vocab_size=vocab_size)
+    if pair[0] == pair[1]:
+        out = {"tokenizer.json": pair[0].read_bytes()}
+    else:
+        names = _NAMES[1] if hugging_face else _NAMES[0]
+        out = {name: path.read_bytes() for name, path in zip(names, pair, strict=True)}
+    if hugging_face:
+        config = pair[0].with_name("tokenizer_config.json")
+        text = json.dumps(TOKENIZER_CONFIG, indent=2, sort_keys=True).encode()
+        out["tokenizer_config.json"] = config.read_bytes() if config.is_file() else text
+    return out
 
 
 def _read_vocab(path: Path) -> dict[str, int]:

@@ -4,7 +4,8 @@
         --input "/data/opt/checkpoint_last-model_part-0-shard*.pt" --output "/data/opt/reshard-model_part-0.pt" \
         --num-output-shards 1 --skip-optimizer-state True --unflatten-weights True
 
-With `{part}` in both patterns, as in "x-model_part-{part}-shard*.pt", all parts are done, one after the other.
+With `{part}` in both patterns, as in "x-model_part-{part}-shard*.pt", all parts are done, several at a time. What is
+there already, written by the same command from the same files, stays.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
-from metaseq_api.checkpoint.door import Parser, by_part, guarded
-from metaseq_api.checkpoint.reshard import reshard_fsdp
+from metaseq_api.checkpoint.door import Parser, add_threads, by_part, guarded
+from metaseq_api.checkpoint.outputs import Output, write_all
+from metaseq_api.checkpoint.reshard import shards_of_part
 from metaseq_api.progress import progress_bar
 
 
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")
     parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
     parser.add_switch("--drop-metaseq-req", False, "leave out the training data's state, which needs metaseq to load")
+    add_threads(parser)
     args = parser.parse_args(argv)
     log.setup()
 
@@ -51,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=DTYPES.get(args.output_dtype),
             drop_metaseq_req=args.drop_metaseq_req,
         )
+        outputs: list[Output] = []
         for inputs, output in by_part(args.input, args.output):
-            with progress_bar("writing") as progress:
-                paths = reshard_fsdp(
-                    inputs, output, num_output_shards=args.num_output_shards, form=form, progress=progress
-                )
-            print("\n".join(map(str, paths)))
+            outputs += shards_of_part(inputs, output, args.num_output_shards, form)
+        with progress_bar("writing") as progress:
+            paths = write_all(outputs, progress, args.num_threads)
+        print("\n".join(map(str, paths)))
 
     return guarded(job)
 

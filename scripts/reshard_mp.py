@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
-from metaseq_api.checkpoint.door import Parser, expand, guarded
+from metaseq_api.checkpoint.door import Parser, add_threads, expand, guarded
 from metaseq_api.checkpoint.reshard import reshard_mp
 from metaseq_api.progress import progress_bar
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")
     parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
     parser.add_switch("--drop-metaseq-req", False, "leave out the training data's state, which needs metaseq to load")
+    add_threads(parser)
     args = parser.parse_args(argv)
     log.setup()
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 eps=args.eps,
                 form=form,
                 progress=progress,
+                num_threads=args.num_threads,
             )
         print("\n".join(map(str, paths)))
 

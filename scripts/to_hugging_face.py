@@ -7,9 +7,6 @@ The tokenizer's files are copied where they are found beside the checkpoint, one
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +15,12 @@ from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.door import Parser, guarded
 from metaseq_api.checkpoint.opening import open_checkpoint
+from metaseq_api.checkpoint.outputs import job_id
+from metaseq_api.checkpoint.reshard import inputs_of
 from metaseq_api.checkpoint.to_hugging_face import MAX_FILE_BYTES, write_hugging_face
-from metaseq_api.errors import SettingsError, TokenizerError
+from metaseq_api.errors import SettingsError
 from metaseq_api.progress import progress_bar
-from metaseq_api.tokenizer import Tokenizer, find_files
-
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "GPT2Tokenizer",
-    "add_prefix_space": False,
-    "add_bos_token": True,
-    "bos_token": "</s>",
-    "eos_token": "</s>",
-    "unk_token": "</s>",
-    "pad_token": "<pad>",
-    "errors": "replace",
-}
-"""As OPT's published ones: </s> in front of every text."""
+from metaseq_api.tokenizer import files_to_copy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,31 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.output,
                 dtype=args.output_dtype,
                 max_file_bytes=int(args.max_file_gb * 1e9),
-                other_files=tokenizer_files(args, checkpoint.config.vocab_size),
+                other_files=files_to_copy(
+                    args.input,
+                    args.vocab_filename,
+                    args.merges_filename,
+                    vocab_size=checkpoint.config.vocab_size,
+                    hugging_face=True,
+                ),
+                job=job_id(inputs_of(checkpoint), args.output_dtype),
                 progress=progress,
             )
         print("\n".join(map(str, paths)))
 
     return guarded(job)
-
-
-def tokenizer_files(args: argparse.Namespace, vocab_size: int) -> dict[str, bytes]:
-    """Read the tokenizer's files, under the names transformers has for them; none where there are none."""
-    named = args.vocab_filename is not None or args.merges_filename is not None
-    try:
-        vocab, merges = find_files(args.input, args.vocab_filename, args.merges_filename)
-    except TokenizerError as error:
-        if named:
-            raise
-        logging.getLogger(__name__).warning("%s; the model is written without", error)
-        return {}
-    Tokenizer.load(vocab, merges, model_vocab_size=vocab_size)
-    out = {"vocab.json": vocab.read_bytes(), "merges.txt": merges.read_bytes()}
-    if vocab == merges:
-        out = {"tokenizer.json": vocab.read_bytes()}
-    config = vocab.with_name("tokenizer_config.json")
-    text = json.dumps(TOKENIZER_CONFIG, indent=2, sort_keys=True).encode()
-    return out | {"tokenizer_config.json": config.read_bytes() if config.is_file() else text}
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOW = {"errors", "settings", "log", "progress"}
+LOW = {"errors", "settings", "log", "progress", "machine"}
 TENSOR = {"torch", "numpy"}
 # part of the library -> (parts it may import, third parties it may import)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "log": (set(), set()),
+    "machine": (set(), set()),
     "progress": (set(), {"tqdm"}),
     "settings": ({"errors"}, set()),
     "core": ({"errors"}, set()),

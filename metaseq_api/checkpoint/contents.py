@@ -9,46 +9,33 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaseq_api.checkpoint.flat import Unit, slice_len, write_units
-from metaseq_api.checkpoint.inert import writable
-from metaseq_api.checkpoint.part import Header, Part, optimizer_entry, optimizer_state
+from metaseq_api.checkpoint.rest import Rest, Source
 from metaseq_api.checkpoint.write import Stream
 from metaseq_api.errors import CheckpointMismatch
 
 BLOCK = 1 << 24
 """Units: numbers converted at a time."""
+JOB = "reshard_job"
+"""Which job wrote a file: a digest of its inputs and flags, so that the same job run again need not write it again."""
 PER_RANK = ("rng_tracker_states", "ema", "ema_fp32_params")
 """What belongs to one rank and has no meaning for another number of them."""
 
 
-class Source(Protocol):
-    """A tensor whose numbers can be had in order: a LocalTensor, or one cut anew."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def numel(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def flat(self, start: int, stop: int) -> Iterator[Tensor]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPart:
-    """A part as it will be written: tensors in order, how they are grouped, and whose other contents it takes over."""
+    """A part as it will be written: tensors in order, how they are grouped, and what else goes with them."""
 
     tensors: Mapping[str, Source]
     moments: Mapping[str, Mapping[str, Source]]
     units: tuple[Unit, ...]
-    like: Part
+    rest: Rest
     num_parts: int | None = None
     """The new model-parallel size; None: unchanged."""
 
@@ -61,31 +48,27 @@ class Form:
     skip_optimizer_state: bool = False
     dtype: torch.dtype | None = None
     drop_metaseq_req: bool = False
+    fused_qkv: bool | None = None
+    """Keys, values and queries in one tensor, as metaseq's model has them, or apart; None: as they are."""
 
 
 def contents(part: NewPart, shard: int, num_shards: int, form: Form, lost: list[str]) -> dict[str, Any]:
     """Make the tree of one shard's file; what cannot be kept is added to `lost`."""
-    first = part.like.first
+    rest = part.rest
     out: dict[str, Any] = {}
-    tree = first.archive.tree if "model" in first.archive.tree else {"model": None}  # or a bare state dict
+    tree = rest.tree if "model" in rest.tree else {"model": None}  # or a bare state dict
     for key, value in tree.items():
         if key == "model":
             out[key] = _model(part, shard, num_shards, form)
-        elif key == "last_optimizer_state" and optimizer_state(first) is not None:
+        elif key == "last_optimizer_state" and rest.optimizer is not None:
             if not form.skip_optimizer_state:
                 out[key] = _optimizer(part, shard, num_shards, form, lost)
-        elif key not in ("shard_metadata", "last_optimizer_state") and isinstance(key, str):
-            out[key] = _other(first, key, value, lost)
-    if first.units or not form.unflatten:
-        out["shard_metadata"] = write_units(part.units, shard, num_shards, part.like.buffers)
+        elif key not in ("shard_metadata", "last_optimizer_state", JOB) and isinstance(key, str):
+            out[key] = rest.writable(key, value, lost)
+    if rest.has_metadata or not form.unflatten:
+        out["shard_metadata"] = write_units(part.units, shard, num_shards, rest.buffers)
     _adapt(out, part, form, lost)
     return out
-
-
-def _other(first: Header, key: str, value: Any, lost: list[str]) -> Any:
-    plain, left_out = writable(value, lambda stored: Stream.of(first.archive.view(stored)))
-    lost.extend(f"{key}.{name}" for name in left_out)
-    return plain
 
 
 def _adapt(out: dict[str, Any], part: NewPart, form: Form, lost: list[str]) -> None:
@@ -119,38 +102,37 @@ def _model(part: NewPart, shard: int, num_shards: int, form: Form) -> OrderedDic
     if form.unflatten:
         for name, tensor in part.tensors.items():
             out[name] = _stream([tensor], tensor.shape, 0, tensor.numel, form.dtype)
-        for name, same in part.like.shared.items():
+        for name, same in part.rest.shared.items():
             out[name] = out[same]
     else:
         for unit in part.units:
-            out[unit.key] = _slice(unit, part.tensors, shard, num_shards, form.dtype, part.like.first)
-    for name, tensor in part.like.buffers.items():
+            out[unit.key] = _slice(unit, part.tensors, shard, num_shards, form.dtype, part.rest.path)
+    for name, tensor in part.rest.buffers.items():
         out[name] = _stream([tensor], tensor.shape, 0, tensor.numel, form.dtype)
     return out
 
 
 def _optimizer(part: NewPart, shard: int, num_shards: int, form: Form, lost: list[str]) -> dict[str, Any]:
-    first = part.like.first
-    state = dict(optimizer_state(first) or {})
+    rest = part.rest
     entries = {}
     for index, unit in enumerate(part.units):
-        entry = dict(optimizer_entry(first, index))
+        entry = rest.entry(index)
         if not entry:
             continue
         for name in [name for name in entry if name in part.moments]:
             del entry[name]
-        entries[index] = _other(first, "last_optimizer_state.state", entry, lost)
+        entries[index] = rest.writable("last_optimizer_state.state", entry, lost)
         for kind, tensors in part.moments.items():
             if unit.names[0] in tensors:
-                entries[index][kind] = _slice(unit, tensors, shard, num_shards, None, first)
+                entries[index][kind] = _slice(unit, tensors, shard, num_shards, None, rest.path)
     out: dict[str, Any] = {}
-    for key, value in state.items():
-        out[key] = entries if key == "state" else _other(first, f"last_optimizer_state.{key}", value, lost)
+    for key, value in (rest.optimizer or {}).items():
+        out[key] = entries if key == "state" else rest.writable(f"last_optimizer_state.{key}", value, lost)
     return out
 
 
 def _slice(
-    unit: Unit, tensors: Mapping[str, Source], shard: int, num_shards: int, dtype: torch.dtype | None, first: Header
+    unit: Unit, tensors: Mapping[str, Source], shard: int, num_shards: int, dtype: torch.dtype | None, path: Path
 ) -> Stream:
     """One shard's slice of a unit, padding included."""
     length = slice_len(unit.numel, num_shards)
@@ -158,7 +140,7 @@ def _slice(
     kinds = {str(tensor.dtype) for tensor in members}
     if dtype is None and len(kinds) > 1:
         raise CheckpointMismatch(
-            f"{first.archive.path} has {' and '.join(sorted(kinds))} in one unit ({unit.path or 'the root'}), which a "
+            f"{path} has {' and '.join(sorted(kinds))} in one unit ({unit.path or 'the root'}), which a "
             "flat vector cannot hold; give --output-dtype"
         )
     return _stream(members, (length,), shard * length, (shard + 1) * length, dtype)

@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, SettingsError
+from metaseq_api.machine import available_bytes, num_cores
 
 PART = "{part}"
+MAX_THREADS = 8
+THREAD_BYTES = 1 << 29
+"""Units: bytes; a thread takes a few blocks of write.CHUNK, and the kernel likes some to cache."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +43,23 @@ def _boolean(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return known[text.lower()]
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add --num-threads: how many files are written at a time."""
+    parser.add_argument(
+        "--num-threads",
+        type=_positive,
+        default=max(1, min(MAX_THREADS, num_cores(), available_bytes() // THREAD_BYTES)),
+        metavar="N",
+        help="files written at a time; default: what cores and memory allow (here %(default)s)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:

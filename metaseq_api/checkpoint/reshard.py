@@ -1,7 +1,7 @@
 """Changes how a checkpoint is cut: into shards of a part, or into parts; weights and optimizer state alike.
 
-A job reads headers and checks everything first, then writes one file after the other, number by number from the old
-places to the new ones. What else is in the files comes from the first one, as plain data and Namespaces.
+A job reads headers and checks everything first, then writes its files, number by number from the old places to the new
+ones. What else is in the files comes from the first one, as plain data and Namespaces.
 
 - A shared parameter (the tied output projection) is there again under its second name when weights are unflattened;
   it takes no room, both names have one storage.
@@ -14,68 +14,25 @@ places to the new ones. What else is in the files comes from the first one, as p
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from metaseq_api.checkpoint import rules, write
 from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.checkpoint import Checkpoint
-from metaseq_api.checkpoint.contents import Form, NewPart, Source, contents
+from metaseq_api.checkpoint.contents import Form, NewPart, contents
 from metaseq_api.checkpoint.folder import collect, numbers
+from metaseq_api.checkpoint.outputs import Output, job_id, write_all
 from metaseq_api.checkpoint.part import Header, Part
-from metaseq_api.checkpoint.tensors import LogicalTensor
-from metaseq_api.checkpoint.write import CHUNK
+from metaseq_api.checkpoint.recut import cut_parts, same_part
+from metaseq_api.checkpoint.verify import SAME, copies
+from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.errors import ParallelSizeError, SettingsError
 from metaseq_api.progress import Progress
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Recut:
-    """One part's share of a whole stored tensor, `thirds` its logical tensors (one, or three of a fused qkv_proj)."""
-
-    thirds: tuple[LogicalTensor, ...]
-    part: int
-    num_parts: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.thirds[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows, columns = self._extent(self.thirds[0])
-        return (len(rows) * len(self.thirds), len(columns))[: len(self.thirds[0].shape)]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def flat(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Copy numbers start to stop of the share, a block of rows at a time."""
-        for index, tensor in enumerate(self.thirds):
-            rows, columns = self._extent(tensor)
-            width, each = len(columns), len(rows) * len(columns)
-            at, end = max(start - index * each, 0), min(stop - index * each, each)
-            step = max(1, CHUNK // (width * self.dtype.itemsize))
-            for row in range(at // width, -(-end // width) if end > at else 0, step):
-                last = min(row + step, -(-end // width))
-                block = tensor.box(rows[row:last], columns).reshape(-1)
-                yield block[max(at - row * width, 0) : end - row * width]
-
-    def _extent(self, tensor: LogicalTensor) -> tuple[range, range]:
-        extents = [range(n) for n in (*tensor.shape, 1)[:2]]
-        if tensor.split is not None:
-            each = tensor.shape[tensor.split] // self.num_parts
-            extents[tensor.split] = range(self.part * each, (self.part + 1) * each)
-        return extents[0], extents[1]
+Begin = Callable[[int], Progress]
+"""Told how many bytes there are to write, gives what is told how many were written."""
 
 
 def reshard_fsdp(
@@ -84,17 +41,18 @@ def reshard_fsdp(
     *,
     num_output_shards: int = 1,
     form: Form,
-    progress: Callable[[int], Progress] = lambda total: lambda done: None,
+    progress: Begin = lambda total: lambda done: None,
 ) -> list[Path]:
     """Cut one part into `num_output_shards` shards, named by `{i}` in `output`.
 
-    progress: told how many bytes there are to write, it gives what is told how many were written.
     Raises: SettingsError, CheckpointError, ResourceError; before anything is written, but for the last.
     """
-    if form.unflatten and num_output_shards != 1:
-        raise SettingsError(
-            f"--num-output-shards {num_output_shards} cannot be unflattened; give --unflatten-weights False or 1 shard"
-        )
+    return write_all(shards_of_part(inputs, output, num_output_shards, form), progress)
+
+
+def shards_of_part(inputs: Sequence[Path], output: str, num_output_shards: int, form: Form) -> list[Output]:
+    """What `reshard_fsdp` writes. Raises: SettingsError, CheckpointError."""
+    _check_form(form, num_output_shards)
     paths = _outputs(inputs, output, num_output_shards, "--num-output-shards")
     parts = {number for _, number, _ in map(numbers, inputs)}
     if len(parts) > 1:
@@ -104,11 +62,7 @@ def reshard_fsdp(
         )
     (shards,) = collect(inputs, one_part=True).files
     part = Part([Header.read(Archive(path)) for path in shards])
-    new = NewPart(tensors=part.tensors, moments=_wanted(part, form), units=part.units, like=part)
-    lost: list[str] = []
-    trees = [contents(new, shard, num_output_shards, form, lost) for shard in range(num_output_shards)]
-    _save(trees, paths, lost, progress)
-    return paths
+    return _shards(same_part(part, form), paths, form, job_id(shards, form))
 
 
 def reshard_mp(
@@ -116,9 +70,10 @@ def reshard_mp(
     output: str,
     *,
     num_output_parts: int = 1,
-    eps: float = 1e-8,
+    eps: float = SAME,
     form: Form,
-    progress: Callable[[int], Progress] = lambda total: lambda done: None,
+    progress: Begin = lambda total: lambda done: None,
+    num_threads: int = 1,
 ) -> list[Path]:
     """Cut a model into `num_output_parts` parts, named by `{i}` in `output`.
 
@@ -128,15 +83,76 @@ def reshard_mp(
     """
     paths = _outputs(inputs, output, num_output_parts, "--num-output-parts")
     checkpoint = Checkpoint(collect(inputs))
-    try:
-        checkpoint.config.check_parallel(num_output_parts)
-    except ParallelSizeError as error:
-        raise ParallelSizeError(str(error).replace("--model-parallel", "--num-output-parts")) from None
-    _compare_copies(checkpoint, eps)
-    new = [_recut(checkpoint, index, num_output_parts, form) for index in range(num_output_parts)]
+    check_parts(checkpoint, num_output_parts, "--num-output-parts")
+    return write_all(files_of_model(checkpoint, [[path] for path in paths], form, eps), progress, num_threads)
+
+
+def reshard(
+    checkpoint: Checkpoint | WholeCheckpoint,
+    folder: Path,
+    *,
+    num_parts: int | None = None,
+    num_shards: int = 1,
+    form: Form,
+    progress: Begin = lambda total: lambda done: None,
+    num_threads: int = 1,
+) -> list[Path]:
+    """Write a checkpoint of any layout as metaseq's, `num_parts` (None: as many as it has) times `num_shards` files.
+
+    Raises: ParallelSizeError, SettingsError, CheckpointError, ResourceError; before anything is written, but for the
+    last.
+    """
+    num_parts = checkpoint.num_parts if num_parts is None else num_parts
+    check_parts(checkpoint, num_parts, "--parts")
+    inputs = inputs_of(checkpoint)
+    if folder.resolve() in {path.parent.resolve() for path in inputs}:
+        raise SettingsError(f"{folder} holds the files to be resharded; name another folder for the new ones")
+    suffix = "" if form.unflatten else "-shard{i}"
+    names = [f"{folder}/reshard-model_part-{index}{suffix}.pt" for index in range(num_parts)]
+    _check_form(form, num_shards)
+    paths = [_outputs(inputs, name, num_shards, "--shards") for name in names]
+    return write_all(files_of_model(checkpoint, paths, form), progress, num_threads)
+
+
+def files_of_model(
+    checkpoint: Checkpoint | WholeCheckpoint, paths: Sequence[Sequence[Path]], form: Form, eps: float = SAME
+) -> list[Output]:
+    """What is written to `paths[part][shard]`, as many parts and shards as there are names."""
+    if isinstance(checkpoint, Checkpoint):
+        for finding in copies(checkpoint, checkpoint.parts[0].tensors, eps):
+            log.warning("%s: %s", finding.path, finding.what)
+    job = job_id(inputs_of(checkpoint), form, len(paths))
+    parts = cut_parts(checkpoint, len(paths), form)
+    return [o for i, part in enumerate(parts) for o in _shards(part, paths[i], form, f"{job}-{i}")]
+
+
+def inputs_of(checkpoint: Checkpoint | WholeCheckpoint) -> list[Path]:
+    """The files a checkpoint is in."""
+    if isinstance(checkpoint, Checkpoint):
+        return [path for shards in checkpoint.files.files for path in shards]
+    return sorted(path for path in checkpoint.path.iterdir() if path.is_file())
+
+
+def _shards(part: NewPart, paths: Sequence[Path], form: Form, job: str) -> list[Output]:
     lost: list[str] = []
-    _save([contents(part, 0, 1, form, lost) for part in new], paths, lost, progress)
-    return paths
+    num = len(paths)
+    trees = [contents(part, shard, num, form, lost) for shard in range(num)]
+    return [Output.of(trees[shard], paths[shard], f"{job}-{shard}of{num}", lost) for shard in range(num)]
+
+
+def _check_form(form: Form, num_shards: int) -> None:
+    if form.unflatten and num_shards > 1:
+        raise SettingsError(
+            f"{num_shards} shards cannot be unflattened; give --unflatten-weights False (--flat), or 1 shard"
+        )
+
+
+def check_parts(checkpoint: Checkpoint | WholeCheckpoint, num_parts: int, flag: str) -> None:
+    """Raises: ParallelSizeError naming the flag."""
+    try:
+        checkpoint.config.check_parallel(num_parts)
+    except ParallelSizeError as error:
+        raise ParallelSizeError(str(error).replace("--model-parallel", flag)) from None
 
 
 def _outputs(inputs: Sequence[Path], output: str, count: int, flag: str) -> list[Path]:
@@ -145,56 +161,10 @@ def _outputs(inputs: Sequence[Path], output: str, count: int, flag: str) -> list
     if count > 1 and "{i}" not in output:
         raise SettingsError(f"--output {output} names one file, and {flag} {count} makes several; put {{i}} into it")
     paths = [Path(output.replace("{i}", str(i))) for i in range(count)]
+    given = {path.resolve() for path in inputs}
     for path in paths:
         if path.is_dir():
             raise SettingsError(f"--output {path} is a folder; name a file in it")
-        if path.resolve() in {given.resolve() for given in inputs}:
+        if path.resolve() in given:
             raise SettingsError(f"--output {path} is one of the inputs, which are still needed; name another file")
     return paths
-
-
-def _save(
-    trees: Sequence[Any], paths: Sequence[Path], lost: Sequence[str], progress: Callable[[int], Progress]
-) -> None:
-    if lost:
-        log.warning("not kept: %s", ", ".join(ascii(name)[1:-1] for name in dict.fromkeys(lost)))
-    told = progress(sum(stream.num_bytes for tree in trees for stream in write.streams(tree)))
-    for tree, path in zip(trees, paths, strict=True):
-        write.save(tree, path, told)
-
-
-def _wanted(part: Part, form: Form) -> Mapping[str, Mapping[str, Source]]:
-    return {} if form.skip_optimizer_state else part.moments
-
-
-def _recut(checkpoint: Checkpoint, index: int, num_parts: int, form: Form) -> NewPart:
-    like = checkpoint.parts[0]
-
-    def cut(stored: Iterable[str], whole: Mapping[str, LogicalTensor]) -> dict[str, Source]:
-        return {name: Recut(tuple(whole[n] for n in rules.logical_names(name)), index, num_parts) for name in stored}
-
-    whole = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-    tensors = cut(like.tensors, whole)
-    moments = {} if form.skip_optimizer_state else checkpoint.moments()
-    units = tuple(replace(unit, shapes=tuple(tensors[name].shape for name in unit.names)) for unit in like.units)
-    return NewPart(
-        tensors=tensors,
-        moments={kind: cut(like.moments[kind], vectors) for kind, vectors in moments.items()},
-        units=units,
-        like=like,
-        num_parts=num_parts,
-    )
-
-
-def _compare_copies(checkpoint: Checkpoint, eps: float) -> None:
-    """Warn where parts hold different copies of a tensor that each holds whole; the first part's is taken."""
-    for name, local in checkpoint.parts[0].tensors.items():
-        if rules.split_dim(rules.logical_names(name)[0]) is not None:
-            continue
-        mine = torch.cat(list(local.flat(0, local.numel))).float()
-        for part in checkpoint.parts[1:]:
-            other = torch.cat(list(part.tensors[name].flat(0, local.numel))).float()
-            differ = float((mine - other).abs().max())
-            if not differ <= eps:
-                path = part.first.archive.path
-                log.warning("%s in %s differs by %g from the first part's, which is taken", name, path, differ)

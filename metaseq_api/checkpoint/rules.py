@@ -24,6 +24,28 @@ QKV = ("k_proj", "v_proj", "q_proj")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_fpw_module)\.")
 _IGNORED = re.compile(r"decoder\.version|.*\._float_tensor")
 _LAYER = r"decoder\.layers\.\d+\."
+_IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_THIRD = re.compile(r"self_attn\.[qkv]_proj\.")
+_MODULES = (
+    "embed_tokens",
+    "project_in_dim",
+    "embed_positions",
+    "layers",
+    "layer_norm",
+    "project_out_dim",
+    "output_projection",
+)
+_LAYER_MODULES = (
+    "self_attn.qkv_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_proj",
+    "self_attn.out_proj",
+    "self_attn_layer_norm",
+    "fc1",
+    "fc2",
+    "final_layer_norm",
+)
 _SPLIT: tuple[tuple[re.Pattern[str], int | None], ...] = (
     (re.compile(r"decoder\.(embed_tokens|output_projection)\.weight"), 0),
     (re.compile(r"decoder\.(embed_positions|project_in_dim|project_out_dim)\.weight"), None),
@@ -51,6 +73,24 @@ def logical_names(stored: str) -> tuple[str, ...]:
     if ".qkv_proj." not in stored:
         return (stored,)
     return tuple(stored.replace("qkv_proj", third) for third in QKV)
+
+
+def fused_name(stored: str) -> tuple[str, ...]:
+    """Give the stored tensor in which a logical one lies where q, k and v are fused."""
+    return (_THIRD.sub("self_attn.qkv_proj.", stored),)
+
+
+def registered(stored: str) -> tuple[int, int, int, int]:
+    """Where a tensor stands in the order in which metaseq's modules register theirs: a key to sort by."""
+    layer = _IN_LAYER.fullmatch(stored)
+    module, _, leaf = (layer[2] if layer else stored.removeprefix("decoder.")).rpartition(".")
+    if layer:
+        return _MODULES.index("layers"), int(layer[1]), _place(module, _LAYER_MODULES), int(leaf != "weight")
+    return _place(module, _MODULES), 0, 0, int(leaf != "weight")
+
+
+def _place(module: str, order: tuple[str, ...]) -> int:
+    return order.index(module) if module in order else len(order)
 
 
 def split_dim(logical: str) -> int | None:

@@ -119,9 +119,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Make the head of a file that holds these tensors in this order; their bytes follow it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], said: Mapping[str, str]) -> bytes:
+    """Make the head of a file that holds these tensors in this order, and these words; their bytes follow it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(said)}
     at = 0
     for name, (dtype, shape) in tensors.items():
         stop = at + math.prod(shape) * dtype.itemsize

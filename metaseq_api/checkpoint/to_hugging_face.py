@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from metaseq_api.checkpoint.checkpoint import DTYPES
+from metaseq_api.checkpoint.contents import JOB
 from metaseq_api.checkpoint.hugging_face import CONFIG, their_name
+from metaseq_api.checkpoint.outputs import write_bytes
 from metaseq_api.checkpoint.safetensors_file import make_header
 from metaseq_api.checkpoint.write import CHUNK, finished, put
 from metaseq_api.core.config import ModelConfig, tensor_shapes
@@ -60,24 +63,30 @@ def write_hugging_face(
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     other_files: Mapping[str, bytes] | None = None,
+    job: str | None = None,
     progress: Callable[[int], Progress] = lambda total: lambda done: None,
 ) -> list[Path]:
     """Write the model into a new folder, and `other_files` (a tokenizer's) with it; the paths.
 
-    dtype: fp32, fp16 or bf16; None: as stored. Raises: SettingsError, CheckpointError, ResourceError.
+    dtype: fp32, fp16 or bf16; None: as stored. job: a digest of where the weights come from; files that the same job
+    left in the folder, whole, stay. Raises: SettingsError, CheckpointError, ResourceError.
     """
     config = their_config(weights.config, dtype)
-    _clear(folder)
     sources = {their_name(name): weights.tensor(name) for name in tensor_shapes(weights.config)}
     kinds = {name: DTYPES[dtype] if dtype else source.dtype for name, source in sources.items()}
     sizes = {name: _numel(source) * kinds[name].itemsize for name, source in sources.items()}
     groups = _groups(sizes, max_file_bytes)
-    paths, told = [], progress(sum(sizes.values()))
     names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else ["model.safetensors"]
-    for file_name, group in zip(names, groups, strict=True):
-        _write_file(folder / file_name, {name: (sources[name], kinds[name]) for name in group}, told)
-        paths.append(folder / file_name)
+    files = [
+        _File(folder / name, {n: (sources[n], kinds[n]) for n in group}, {JOB: job} if job else {})
+        for name, group in zip(names, groups, strict=True)
+    ]
+    todo = [file for file in files if job is None or not file.is_written()]
+    _clear(folder, {file.path.name for file in files if file not in todo}, is_whole=not todo)
+    told = progress(sum(file.num_bytes for file in todo))
+    for file in todo:
+        file.write(told)
     texts = dict(other_files or {})
     if len(groups) > 1:
         places = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
@@ -87,9 +96,8 @@ def write_hugging_face(
     texts["generation_config.json"] = _json({"_from_model_config": True} | generation)
     texts[CONFIG] = _json(config)  # the last
     for name, text in texts.items():
-        _write_bytes(folder / name, text)
-        paths.append(folder / name)
-    return paths
+        write_bytes(folder / name, text)
+    return [*(file.path for file in files), *(folder / name for name in texts)]
 
 
 def their_config(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
@@ -122,16 +130,20 @@ def their_config(config: ModelConfig, dtype: str | None = None) -> dict[str, Any
     }
 
 
-def _clear(folder: Path) -> None:
-    """Take away what an interrupted run left. Raises: SettingsError where anything else is there."""
+def _clear(folder: Path, keep: Container[str], is_whole: bool) -> None:
+    """Take away what an interrupted run left and this one does not `keep`.
+
+    Raises: SettingsError where anything else is there.
+    """
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--output {folder} is a file; name a new folder")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    other = [p.name for p in found if p.name == CONFIG or not (p.name in _TEXTS or _WEIGHTS.fullmatch(p.name))]
+    ours = (CONFIG, *_TEXTS) if is_whole else _TEXTS
+    other = [p.name for p in found if not (p.name in ours or _WEIGHTS.fullmatch(p.name))]
     if other:
         raise SettingsError(f"--output {folder} is not empty: it holds {other[0]}; name a new folder")
     for path in found:
-        if path.name not in _TEXTS:
+        if path.name not in ours and path.name not in keep:
             path.unlink()
 
 
@@ -148,16 +160,40 @@ def _groups(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return groups
 
 
-def _write_file(path: Path, tensors: Mapping[str, tuple[Source, torch.dtype]], progress: Progress) -> None:
-    header = make_header({name: (dtype, source.shape) for name, (source, dtype) in tensors.items()})
-    total = len(header) + sum(_numel(source) * dtype.itemsize for source, dtype in tensors.values())
-    with finished(path, total) as (file, _):
-        os.ftruncate(file, total)
-        at = put(file, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8), lambda done: None)
-        for source, dtype in tensors.values():
-            for block in _blocks(source):
-                at = put(file, at, block.to(dtype), progress)
-        assert at == total, f"{at} bytes of {total} were written"
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file of weights to be."""
+
+    path: Path
+    tensors: Mapping[str, tuple[Source, torch.dtype]]
+    said: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(_numel(source) * dtype.itemsize for source, dtype in self.tensors.values())
+
+    def header(self) -> bytes:
+        return make_header({name: (dtype, source.shape) for name, (source, dtype) in self.tensors.items()}, self.said)
+
+    def is_written(self) -> bool:
+        """Whether it is there, whole, and of the same job: it begins with the same words."""
+        header = self.header()
+        if not self.path.is_file() or self.path.stat().st_size != len(header) + self.num_bytes:
+            return False
+        with self.path.open("rb") as file:
+            return file.read(len(header)) == header
+
+    def write(self, progress: Progress) -> None:
+        header = self.header()
+        total = len(header) + self.num_bytes
+        with finished(self.path, total) as (file, _):
+            os.ftruncate(file, total)
+            at = put(file, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8), lambda done: None)
+            for source, dtype in self.tensors.values():
+                for block in _blocks(source):
+                    at = put(file, at, block.to(dtype), progress)
+            assert at == total, f"{at} bytes of {total} were written"
 
 
 def _blocks(source: Source) -> Iterator[Tensor]:
@@ -165,12 +201,6 @@ def _blocks(source: Source) -> Iterator[Tensor]:
     step = max(1, CHUNK // (_numel(source) // num_rows * source.dtype.itemsize))
     for row in range(0, num_rows, step):
         yield source.read(0, row, min(row + step, num_rows))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with finished(path, len(data)) as (file, _):
-        os.ftruncate(file, len(data))
-        put(file, 0, torch.frombuffer(bytearray(data), dtype=torch.uint8), lambda done: None)
 
 
 def _numel(source: Source) -> int:

@@ -52,7 +52,7 @@ def verify(
     found = [*_repeated_shards(checkpoint), *_repeated_parts(checkpoint)]
     for path, tensor in locals_:
         found += _look(path, tensor.name, _pieces(tensor), tell)
-    return found + list(_copies(checkpoint, checkpoint.parts[0].tensors))
+    return found + list(copies(checkpoint, checkpoint.parts[0].tensors))
 
 
 def glance(checkpoint: Checkpoint) -> list[Finding]:
@@ -68,7 +68,7 @@ def glance(checkpoint: Checkpoint) -> list[Finding]:
     )
     present = [n for n in norms if n in checkpoint.parts[0].tensors]
     found = [*_repeated_shards(checkpoint, limit=GLANCE), *_repeated_parts(checkpoint, limit=GLANCE)]
-    found += _copies(checkpoint, present)
+    found += copies(checkpoint, present)
     for part in checkpoint.parts:
         for name in present:
             looks = _look(part.first.archive.path, name, _pieces(part.tensors[name]), lambda done: None)
@@ -147,7 +147,7 @@ def _digest(numbers: Tensor) -> bytes:
     return hashlib.blake2b(numbers.contiguous().view(torch.uint8).numpy().data).digest()
 
 
-def _copies(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Finding]:
+def copies(checkpoint: Checkpoint, names: Iterable[str], eps: float = SAME) -> Iterator[Finding]:
     """Tensors that every part holds must agree; metaseq takes part 0's."""
     first = checkpoint.parts[0]
     for name in names:
@@ -156,7 +156,7 @@ def _copies(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Finding]:
             continue
         for part in checkpoint.parts[1:]:
             worst = max((_apart(mine, part.tensors[name], at) for at in range(0, mine.numel, PIECE)), default=0.0)
-            if math.isfinite(worst) and worst > SAME:
+            if math.isfinite(worst) and worst > eps:
                 path = part.first.archive.path
                 what = f"{name} differs by up to {worst:.1g} from that of {first.first.archive.path}, which is taken"
                 yield Finding(path, what, fatal=worst > GROSS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ class WholeCheckpoint:
     num_shards: int
     config: ModelConfig
     tensors: Mapping[str, BoxedTensor]
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(

@@ -5,14 +5,13 @@ Knows bytes. Does not know where they are allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.errors import MemoryTooSmall
+from metaseq_api.machine import available_bytes
 from metaseq_api.model.cache import KVCache
 from metaseq_api.settings import Settings
 
@@ -72,39 +71,3 @@ def plan(
             + ("lower CACHE_TOKENS" if asked and asked > least else split)
         )
     return Plan(weight_bytes=weights, block_bytes=block, num_blocks=asked or cache // block)
-
-
-def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory this process may still take: the machine's, or what its control groups (SLURM's --mem) leave.
-
-    Pages of files that were read count as free, since the kernel gives them up. Source: /proc/meminfo; memory.max and
-    memory.current of every group above this process (cgroup v2), or their v1 names.
-    """
-    lines = (proc / "meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for group in _control_groups(proc, groups):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used, stat = group / limit_name, group / used_name, group / "memory.stat"
-            if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-                cached = [
-                    int(n.split()[1]) for n in _lines(stat) if n.startswith(("inactive_file ", "total_inactive_file "))
-                ]
-                free = min(free, int(text) - int(used.read_text()) + max(cached, default=0))
-    return max(free, 0)
-
-
-def _control_groups(proc: Path, groups: Path) -> Iterator[Path]:
-    """The control group of this process and all above it: a limit holds for everything below."""
-    for line in _lines(proc / "self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0" or "memory" in controllers.split(","):
-            group = (groups if number == "0" else groups / "memory") / path.lstrip("/")
-            yield group
-            yield from (p for p in group.parents if p.is_relative_to(groups))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import LAYOUTS, consolidated, edit, fused_weights, load, with_dtype, write_shards
+from support.checkpoints import LAYOUTS, consolidated, edit, fused_weights, load, same, with_dtype, write_shards
 
 from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.checkpoint.contents import Form
@@ -26,15 +26,6 @@ def join(paths: list[Path], folder: Path, parts: int, form: Form = WHOLE) -> lis
         reshard_fsdp(paths[j * shards : (j + 1) * shards], f"{folder}/reshard-model_part-{j}.pt", form=form)[0]
         for j in range(parts)
     ]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two trees hold equal numbers in tensors of equal dtype and shape."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return bool(a == b)
 
 
 @pytest.mark.parametrize(("parts", "shards"), LAYOUTS)

@@ -52,7 +52,7 @@ def test_every_dtype_reads_as_the_library_reads_it(dtype: torch.dtype, tmp_path:
 
 def test_the_real_library_reads_our_header(tmp_path: Path) -> None:
     tensors = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.tensor([1, 2], dtype=torch.int8)}
-    head = make_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    head = make_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {"job": "a"})
     path = tmp_path / "x.safetensors"
     path.write_bytes(head + b"".join(t.numpy().tobytes() for t in tensors.values()))
     found = load_file(path)

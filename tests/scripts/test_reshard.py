@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from metaseq_api.scripts.consolidate_fsdp_shards import main as consolidate
+from metaseq_api.scripts.reshard_consolidated import main as cut
 from metaseq_api.scripts.reshard_fsdp import main as fsdp
 from metaseq_api.scripts.reshard_mp import main as mp
-from support.checkpoints import fused_weights, load, with_dtype, write_shards
+from support.checkpoints import fused_weights, load, logical_weights, same, with_dtype, write_shards
 
 from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.progress import progress_bar
 
+OUTPUT = "decoder.output_projection.weight"
 LOOP = r"""
 set -eu
 CHECKPOINT_PATH=$1
@@ -150,3 +153,60 @@ def test_a_log_hears_of_progress_every_few_seconds_and_at_the_end(caplog: pytest
     assert "50 %" in caplog.records[0].getMessage()
     assert "5 s left" in caplog.records[0].getMessage()
     assert "100 %" in caplog.records[1].getMessage()
+
+
+# --------------------------------------------------------------------------------------- metaseq's other two scripts
+
+
+def test_a_consolidated_part_is_cut_into_the_shards_of_the_trainer(tmp_path: Path) -> None:
+    want = write_shards(tmp_path, with_dtype("fp16"), parts=2, shards=3)
+    whole = f"{tmp_path}/reshard-model_part-{{part}}.pt"
+    assert fsdp(["--input", f"{tmp_path}/checkpoint_last-model_part-{{part}}-shard*.pt", "--output", whole]) == 0
+    output = f"{tmp_path}/out/checkpoint_last-model_part-{{part}}-shard{{i}}.pt"
+    assert cut(["--input", whole, "--output", output, "--num-output-shards", "3"]) == 0
+    for path in want:
+        old, new = load(path), load(tmp_path / "out" / path.name)
+        for key in ("model", "shard_metadata", "last_optimizer_state"):
+            assert same(old[key], new[key]), (path, key)
+
+
+def test_all_shards_of_all_parts_become_one_file_with_q_k_and_v_apart(tmp_path: Path) -> None:
+    write_shards(tmp_path, with_dtype("fp16"), parts=2, shards=3)
+    assert consolidate([f"{tmp_path}/checkpoint_last"]) == 0
+    state = load(tmp_path / "checkpoint_last_consolidated.pt")
+    wanted = logical_weights(fused_weights(with_dtype("fp16")))
+    assert {name for name in state["model"] if name not in wanted} == {"decoder.version", OUTPUT}
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in wanted.items())
+    assert "last_optimizer_state" not in state
+    checkpoint = open_checkpoint(tmp_path / "checkpoint_last_consolidated.pt")
+    assert (checkpoint.num_parts, checkpoint.config) == (1, with_dtype("fp16"))
+
+
+def test_the_parts_are_kept_apart_on_request_and_one_of_them_can_be_done_alone(tmp_path: Path) -> None:
+    write_shards(tmp_path, with_dtype("fp16"), parts=2, shards=3)
+    prefix = ["--save-prefix", f"{tmp_path}/out/whole"]
+    assert consolidate([f"{tmp_path}/checkpoint_last", *prefix, "--megatron-part", "1"]) == 0
+    assert os.listdir(tmp_path / "out") == ["whole-model_part-1.pt"]
+    assert consolidate([f"{tmp_path}/checkpoint_last", *prefix, "--no-stitch-megatron"]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["whole-model_part-0.pt", "whole-model_part-1.pt"]
+    wanted = logical_weights(fused_weights(with_dtype("fp16")))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(checkpoint.tensor(name).read_all(), tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--megatron-part", "2"], 2, "none of the parts 0 to 1"),
+        (["--is-ema"], 2, "--is-ema is not offered"),
+        (["--new-arch-name", "gpt"], 2, "--new-arch-name is not offered"),
+    ],
+)
+def test_what_consolidating_does_not_do_is_refused(
+    more: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, parts=2, shards=1)
+    before = sorted(os.listdir(tmp_path))
+    assert consolidate([f"{tmp_path}/checkpoint_last", *more]) == code
+    assert words in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before

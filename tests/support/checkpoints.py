@@ -60,6 +60,15 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees hold equal numbers in tensors of equal dtype and shape."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change what is in a file."""
     state = torch.load(path, weights_only=False)
