@@ -21,8 +21,11 @@ opening     which of these a path stands for
 verify      reads a checkpoint and says what is wrong with its numbers
 to_hugging_face  a folder that transformers loads, written
 write       a file written piecewise, under its name only when whole
+rest        what a file holds beside the weights
 contents    what goes into one file of a resharded checkpoint
+recut       a model's tensors as any number of parts holds them
 reshard     any parts and shards to any others
+outputs     the files of a job, written several at a time; what is whole stays
 door        what the scripts on checkpoints share: flags, progress, errors
 trainer     writes what metaseq's trainer leaves (needs fairscale; the demo and the tests use it)
 """
