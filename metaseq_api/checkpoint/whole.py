@@ -212,6 +212,9 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
     embed, positions, fc1 = (t.shape if t is not None and len(t.shape) == 2 and t.numel else (0, 0) for t in found)
     if not embed[0] or positions[0] <= POSITION_OFFSET or not fc1[0] or found[0] is None:
         raise CheckpointMismatch(f"{path} holds no OPT model: no layers, or embeddings that are not tables")
+    activation = said.get("activation_function", "relu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise CheckpointMismatch(f"{path} has the activation {activation!r}; {', '.join(ACTIVATIONS)} are served")
     final_norm = "decoder.layer_norm.weight" in tensors
     pre_norm = bool(said.get("do_layer_norm_before", final_norm))
     if "do_layer_norm_before" in said:
@@ -231,9 +234,6 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
             raise CheckpointMismatch(
                 f"{path} has {size} for {key}, and its config says {said[key]!r}; put one model's files together"
             )
-    activation = said.get("activation_function", "relu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise CheckpointMismatch(f"{path} has the activation {activation!r}; {', '.join(ACTIVATIONS)} are served")
     return ModelConfig(
         num_layers=len(layers),
         hidden_dim=positions[1],
