@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from metaseq_api.cli.inspect_checkpoint import main as inspect
 from support.checkpoints import TINY, logical_weights
 from support.hf_opt import tiny_opt
 from torch import Tensor, nn
@@ -318,3 +319,12 @@ def test_moments_that_fsdp2_sharded_over_two_ranks_are_whole(variant: str, kind:
         assert torch.equal(
             checkpoint.moments()["exp_avg"][name].read(dim, 3, 14), wanted["exp_avg"][name].narrow(dim, 3, 11)
         )
+
+
+def test_a_folder_whose_optimizer_is_of_no_use_is_inspected_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = Trainer(flat_opt(), adam).saved()
+    _without(state, NORM, "exp_avg")
+    assert inspect([str(save(state, tmp_path))]) == 0
+    assert f"of no use: {tmp_path}/.metadata has optimizer state exp_avg" in capsys.readouterr().out
