@@ -20,7 +20,7 @@ from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import verify
 from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.core.config import OPT_SHAPES, ModelConfig
-from metaseq_api.errors import CheckpointCorrupt, ParallelSizeError
+from metaseq_api.errors import CheckpointCorrupt, CheckpointMismatch, ParallelSizeError
 from metaseq_api.progress import progress_bar
 
 
@@ -64,9 +64,17 @@ def describe(checkpoint: Checkpoint | WholeCheckpoint) -> dict[str, Any]:
         "parameters": f"{c.num_params / 1e6:.1f} M",
         "dtypes": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
         "weights": f"{checkpoint.num_bytes / 1e9:.3f} GB",
-        "optimizer state": ", ".join(checkpoint.moments()) or "none",
+        "optimizer state": _kept(checkpoint),
         "tensor-parallel": f"can be served over {', '.join(map(str, sizes(c)))} rank(s)",
     }
+
+
+def _kept(checkpoint: Checkpoint | WholeCheckpoint) -> str:
+    """The kinds of optimizer vectors, or why there are none to be had: the weights are there all the same."""
+    try:
+        return ", ".join(checkpoint.moments()) or "none"
+    except CheckpointMismatch as error:
+        return f"of no use: {error}"
 
 
 def model_name(config: ModelConfig) -> str:

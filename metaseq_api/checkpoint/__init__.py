@@ -17,6 +17,8 @@ mapped      one file whose bytes are mapped
 safetensors_file  the safetensors format
 hugging_face  a folder that transformers left
 dcp         a folder of torch.distributed.checkpoint
+dcp_metadata  what its pickles say
+dcp_optimizer  and what of its optimizer can be had
 opening     which of these a path stands for
 verify      reads a checkpoint and says what is wrong with its numbers
 to_hugging_face  a folder that transformers loads, written

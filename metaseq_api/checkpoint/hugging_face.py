@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,14 @@ def open_hugging_face(folder: Path) -> WholeCheckpoint:
         found = _safetensors(path) if path.suffix == ".safetensors" else _bin(path)
         for theirs, tensor in found:
             name = our_name(theirs)
-            if rules.is_ignored(name) or (tied and name == rules.OUTPUT):
+            if rules.is_ignored(name):
                 continue
             if name in tensors:
                 raise CheckpointMismatch(f"{path} holds {theirs!a}, which is there twice; remove one of the files")
             tensors[name] = _boxed(path, name, tensor)
+    if tied and rules.OUTPUT in tensors:  # safetensors' own save_model leaves out the embedding, not the head
+        head = tensors.pop(rules.OUTPUT)
+        tensors.setdefault(rules.EMBED, replace(head, name=rules.EMBED))
     return WholeCheckpoint.of(folder, f"Hugging Face, {kind}", len(files), tensors, said)
 
 

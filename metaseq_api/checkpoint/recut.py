@@ -92,7 +92,8 @@ def cut_parts(checkpoint: Checkpoint | WholeCheckpoint, num_parts: int, form: Fo
         if num_parts == checkpoint.num_parts and form.fused_qkv in (None, fused):
             return [same_part(part, form) for part in checkpoint.parts]
         return [_recut(checkpoint, index, num_parts, form) for index in range(num_parts)]
-    return [_made(checkpoint, index, num_parts, form) for index in range(num_parts)]
+    vectors = {} if form.skip_optimizer_state else checkpoint.moments()
+    return [_made(checkpoint, vectors, index, num_parts, form) for index in range(num_parts)]
 
 
 def _recut(checkpoint: Checkpoint, index: int, num_parts: int, form: Form) -> NewPart:
@@ -110,18 +111,19 @@ def _recut(checkpoint: Checkpoint, index: int, num_parts: int, form: Form) -> Ne
     )
 
 
-def _made(checkpoint: WholeCheckpoint, index: int, num_parts: int, form: Form) -> NewPart:
+def _made(
+    checkpoint: WholeCheckpoint, vectors: Mapping[str, Mapping[str, Boxed]], index: int, num_parts: int, form: Form
+) -> NewPart:
     """As metaseq would have it: fused, but for the 350M shape, which it trained in one part with q, k and v apart."""
     fused = not checkpoint.config.has_projection if form.fused_qkv is None else form.fused_qkv
     names = _named(sorted(checkpoint.names(), key=rules.registered), fused)
     tensors = _cut(names, checkpoint.tensors, index, num_parts)
-    vectors = {} if form.skip_optimizer_state else checkpoint.moments()
     units = units_of({name: tensor.shape for name, tensor in tensors.items()})
     return NewPart(
         tensors=tensors,
         moments={kind: _cut(names, of_kind, index, num_parts) for kind, of_kind in vectors.items()},
         units=units,
-        rest=rest_of_whole(checkpoint, len(units)),
+        rest=rest_of_whole(checkpoint, len(units), list(vectors)),
         num_parts=num_parts,
     )
 

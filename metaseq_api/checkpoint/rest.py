@@ -7,7 +7,7 @@ Source: metaseq's trainer.py (state_dict) and checkpoint_utils.py, which reads i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,14 +85,19 @@ def rest_of_part(part: Part) -> Rest:
     )
 
 
-def rest_of_whole(checkpoint: WholeCheckpoint, num_units: int) -> Rest:
-    """Say of a model from another family of files what metaseq's say of theirs."""
-    config, state = checkpoint.config, dict(checkpoint.optimizer)
+def rest_of_whole(checkpoint: WholeCheckpoint, num_units: int, kinds: Sequence[str]) -> Rest:
+    """Say of a model from another family of files what metaseq's say of theirs.
+
+    kinds: the optimizer's vectors that are kept. Its units are all in one group, the first of those it had: a unit holds
+    parameters of them all.
+    """
+    config, state = checkpoint.config, checkpoint.optimizer if kinds else {}
     tied = config.tied_output
     optimizer: dict[str, Any] | None = None
-    if checkpoint.moments():
-        entry = {"step": state.get("step")} | dict.fromkeys(checkpoint.moments())
-        optimizer = {"state": {i: dict(entry) for i in range(num_units)}, "param_groups": state.get("param_groups", [])}
+    if kinds:
+        group = {**next(iter(state.get("param_groups", [])), {}), "params": list(range(num_units))}
+        entry = {"step": state.get("step")} | dict.fromkeys(kinds)
+        optimizer = {"state": {i: dict(entry) for i in range(num_units)}, "param_groups": [group]}
     model = {
         "_name": "transformer_lm_megatron",
         "arch": "transformer_lm_megatron",

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,6 +125,21 @@ def is_covered(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     return at[1] == rows.stop and column_stop == columns.stop
 
 
+class Optimizer(Protocol):
+    """What a trainer's optimizer kept; nothing of it is looked at before it is asked for.
+
+    Raises: CheckpointMismatch, CheckpointCorrupt, naming the file.
+    """
+
+    def moments(self) -> dict[str, dict[str, BoxedTensor]]:
+        """Vectors by kind (exp_avg, ...) and logical name, each in its parameter's shape."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """{"step": int or None, "param_groups": dicts}, in which "params" are logical names; empty without any."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WholeCheckpoint:
     """One model on disk, in files of another family than metaseq's. Opening it has read headers only."""
@@ -134,11 +149,16 @@ class WholeCheckpoint:
     num_shards: int
     config: ModelConfig
     tensors: Mapping[str, BoxedTensor]
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    kept: Optimizer | None = None
 
     @staticmethod
     def of(
-        path: Path, layout: str, num_shards: int, tensors: Mapping[str, BoxedTensor], said: Mapping[str, Any]
+        path: Path,
+        layout: str,
+        num_shards: int,
+        tensors: Mapping[str, BoxedTensor],
+        said: Mapping[str, Any],
+        kept: Optimizer | None = None,
     ) -> WholeCheckpoint:
         """Make one of tensors under logical names and what a config says. Raises: CheckpointMismatch naming `path`."""
         config = config_of(path, tensors, said)
@@ -150,7 +170,7 @@ class WholeCheckpoint:
                     f"{path} has {found or 'no tensor'} for {ascii(name)[1:-1]}, where an OPT of {config.num_layers} "
                     f"layers and width {config.hidden_dim} has {wanted.get(name) or 'none'}; is it another model's?"
                 )
-        return WholeCheckpoint(path, layout, num_shards, config, tensors)
+        return WholeCheckpoint(path, layout, num_shards, config, tensors, kept)
 
     @property
     def num_parts(self) -> int:
@@ -166,8 +186,13 @@ class WholeCheckpoint:
         return list(self.tensors)
 
     def moments(self) -> dict[str, dict[str, BoxedTensor]]:
-        """Optimizer vectors: none is read from such files."""
-        return {}
+        """Whole optimizer vectors by kind and logical name; a tied output is under the embedding alone."""
+        return {} if self.kept is None else self.kept.moments()
+
+    @property
+    def optimizer(self) -> Mapping[str, Any]:
+        """What the optimizer kept beside the vectors: "step", and "param_groups" of logical names; maybe empty."""
+        return {} if self.kept is None else self.kept.plain()
 
     def tensor(self, name: str) -> BoxedTensor:
         """Find a weight by its logical name. Raises: CheckpointMismatch."""
@@ -187,6 +212,9 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
     embed, positions, fc1 = (t.shape if t is not None and len(t.shape) == 2 and t.numel else (0, 0) for t in found)
     if not embed[0] or positions[0] <= POSITION_OFFSET or not fc1[0] or found[0] is None:
         raise CheckpointMismatch(f"{path} holds no OPT model: no layers, or embeddings that are not tables")
+    activation = said.get("activation_function", "relu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise CheckpointMismatch(f"{path} has the activation {activation!r}; {', '.join(ACTIVATIONS)} are served")
     final_norm = "decoder.layer_norm.weight" in tensors
     pre_norm = bool(said.get("do_layer_norm_before", final_norm))
     if "do_layer_norm_before" in said:
@@ -206,9 +234,6 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
             raise CheckpointMismatch(
                 f"{path} has {size} for {key}, and its config says {said[key]!r}; put one model's files together"
             )
-    activation = said.get("activation_function", "relu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise CheckpointMismatch(f"{path} has the activation {activation!r}; {', '.join(ACTIVATIONS)} are served")
     return ModelConfig(
         num_layers=len(layers),
         hidden_dim=positions[1],

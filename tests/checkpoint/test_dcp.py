@@ -27,8 +27,6 @@ from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.checkpoint.whole import Box, is_covered
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, CheckpointNotFound
 
-TESTS = Path(__file__).parents[1]
-TIMEOUT_S = 120
 PROMPT = [2, *range(10, 40)]
 HEADS = '{"num_attention_heads": 4}'
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -61,23 +59,6 @@ def check_same(folder: Path, wanted: dict[str, Tensor]) -> None:
     assert set(checkpoint.names()) == set(wanted)
     for name, tensor in wanted.items():
         assert torch.equal(checkpoint.tensor(name).read_all(), tensor)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes under FSDP2 left."""
-    folder = tmp_path_factory.mktemp("fsdp2")
-    env = clean_env(PYTHONPATH=str(TESTS), OMP_NUM_THREADS="1")
-    argv = [[sys.executable, str(TESTS / "support" / "fsdp2_rank.py"), str(folder), str(r), "2"] for r in range(2)]
-    ranks = [subprocess.Popen(a, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for a in argv]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    return folder
 
 
 @pytest.mark.parametrize("variant", ["pre-norm", "350m"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from support.hf_opt import VARIANTS, config_of, logits, metaseq_weights, tiny_opt
 from support.steps import Driver
@@ -89,6 +90,42 @@ def test_bin_files_are_read_without_torch_load(
     monkeypatch.delattr(torch, "load")
     check_same(tmp_path, metaseq_weights(model))
     assert open_checkpoint(tmp_path).layout == "Hugging Face, bin"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_metas_first_uploads_are_read(zipped: bool, tmp_path: Path) -> None:
+    """fp16, the tied head stored as well, a version mark, names of either form, no word of later options."""
+    model = tiny_opt("350m").half()
+    save_bin(model, tmp_path)
+    state = model.state_dict() | {"model.decoder.version": torch.tensor([3.0])}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    later = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings", "dtype")
+    change_config(tmp_path, lambda c: ([c.pop(key, None) for key in later], c.update(torch_dtype="float16")))
+    check_same(tmp_path, metaseq_weights(model))
+    assert open_checkpoint(tmp_path).config.dtype == "fp16"
+
+
+@pytest.mark.parametrize("drop", ["lm_head.weight", "model.decoder.embed_tokens.weight", None])
+def test_a_tied_table_is_read_under_either_name_or_both(drop: str | None, tmp_path: Path) -> None:
+    model = tiny_opt("pre-norm")
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != drop}
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, path, metadata={"format": "pt", drop or "from": "the other"})
+    check_same(tmp_path, metaseq_weights(model))
+    if drop:
+        safetensors.torch.save_model(model, str(path))
+        check_same(tmp_path, metaseq_weights(model))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_galactica_is_refused_for_its_activation(affine: bool, tmp_path: Path) -> None:
+    """An OPT by its type, with the exact gelu and without biases."""
+    config = tiny_opt("pre-norm").config
+    config.activation_function, config.enable_bias, config.layer_norm_elementwise_affine = "gelu", False, affine
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointMismatch, match="has the activation 'gelu'; relu, "):
+        open_checkpoint(tmp_path)
 
 
 def test_a_payload_in_a_bin_file_executes_nothing(tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def test_a_dcp_folder_with_optimizer_state_becomes_parts_with_it(tmp_path: Path)
         whole = logical_weights({name: entry[kind] for name, entry in state.items()})
         assert back[kind].keys() == whole.keys()
         assert all(torch.equal(back[kind][name].read_all(), tensor) for name, tensor in whole.items())
-    entry = load(tmp_path / "out" / "reshard-model_part-0-shard0.pt")["last_optimizer_state"]["state"][0]
-    assert entry["step"] == 1
+    kept = load(tmp_path / "out" / "reshard-model_part-0-shard0.pt")["last_optimizer_state"]
+    assert [entry["step"] for entry in kept["state"].values()] == [1, 1, 1]
+    assert kept["param_groups"] == [{"params": [0, 1, 2]}]
     wanted = split_part({n: e["exp_avg"] for n, e in state.items()}, 1, 2)["decoder.layers.1.fc2.weight"]
     (part,) = open_checkpoint(tmp_path / "out").parts[1:]
     moment = part.moments["exp_avg"]["decoder.layers.1.fc2.weight"]
