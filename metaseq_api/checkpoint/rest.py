@@ -88,8 +88,8 @@ def rest_of_part(part: Part) -> Rest:
 def rest_of_whole(checkpoint: WholeCheckpoint, num_units: int, kinds: Sequence[str]) -> Rest:
     """Say of a model from another family of files what metaseq's say of theirs.
 
-    kinds: the optimizer's vectors that are kept. Its units are all in one group, the first of those it had: a unit holds
-    parameters of them all.
+    kinds: the optimizer's vectors that are kept. Its units are all in one group, the first of those it had: a unit
+    holds parameters of them all.
     """
     config, state = checkpoint.config, checkpoint.optimizer if kinds else {}
     tied = config.tied_output
