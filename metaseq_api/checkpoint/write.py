@@ -2,7 +2,7 @@
 
 torch.save lays out an empty file of the right size; each tensor's numbers then go straight to their place. So memory
 holds no more than one chunk, and an interrupted run leaves a name that ends in ".partial", which the next run takes
-over. The checksums of the zip format are filled in last, so that `unzip -t` finds the file whole. Does not know metaseq.
+over. The zip format's checksums are filled in last, so that `unzip -t` finds the file whole. Does not know metaseq.
 """
 
 from __future__ import annotations
