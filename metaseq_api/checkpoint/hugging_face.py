@@ -83,7 +83,9 @@ def read_config(path: Path) -> dict[str, Any]:
     said = read_json(path)
     kind = said.get("model_type", "opt")
     if kind != "opt":
-        raise CheckpointMismatch(f"{path} is of model_type {kind!r}; only OPT models (model_type 'opt') are served")
+        raise CheckpointMismatch(
+            f"{path} is of model_type {ascii(kind)[:40]}; only OPT models (model_type 'opt') are served"
+        )
     return said
 
 
