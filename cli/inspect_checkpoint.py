@@ -1,6 +1,7 @@
 """metaseq-api-inspect: what a folder of checkpoint files holds, without loading it; with --verify, whether it is sound.
 
 metaseq-api-inspect /data/opt/175B --verify
+metaseq-api-inspect /data/opt/66B --verify --checksums opt66b_md5sum_shards.csv
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from metaseq_api import log
+from metaseq_api.checkpoint import md5sums
 from metaseq_api.checkpoint.checkpoint import Checkpoint
 from metaseq_api.checkpoint.door import guarded
+from metaseq_api.checkpoint.md5sums import Md5Sums
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import verify
 from metaseq_api.checkpoint.whole import WholeCheckpoint
@@ -29,17 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="metaseq-api-inspect", description="Say what checkpoint files hold.")
     parser.add_argument("checkpoint", type=Path, help="a folder, or one of its files")
     parser.add_argument("--verify", action="store_true", help="read every number and look for damage")
+    checksums = "with --verify: a csv of file names and md5 sums (default: *md5*.csv beside the checkpoint)"
+    parser.add_argument("--checksums", type=Path, metavar="CSV", help=checksums)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     args = parser.parse_args(argv)
+    if args.checksums and not args.verify:
+        parser.error("--checksums needs --verify")
     log.setup()
 
     def job() -> None:
         checkpoint = open_checkpoint(args.checkpoint)
         facts = describe(checkpoint)
         if args.verify:
+            folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+            listed = args.checksums or md5sums.beside(folder)
+            sums = Md5Sums.read(listed) if listed else None
             with progress_bar("verifying") as progress:
                 findings = verify(checkpoint, progress)
-            facts["findings"] = [f"{f.path}: {f.what}" for f in findings]
+            if sums:
+                with progress_bar("md5 sums") as progress:
+                    findings += sums.compare(folder, progress)
+            facts["findings"] = [f"{f.path}: {f.what}" for f in findings if f.fatal]
+            facts["remarks"] = [f"{f.path}: {f.what}" for f in findings if not f.fatal]
         if args.json:
             print(json.dumps(facts, indent=1))
         else:

@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,8 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 TAR_MARK = slice(257, 262)
 REMEDY = "fetch or write the file again"
+BLOCK = 8 << 20
+"""Units: bytes read at a time where a whole record is read."""
 
 
 class Archive:
@@ -40,6 +43,8 @@ class Archive:
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self.root = ""
+        """The folder that all records lie in: the name it was saved under, where torch.save was given one."""
         try:
             with path.open("rb") as file:
                 self._identity = _identity(file)
@@ -58,6 +63,36 @@ class Archive:
         if isinstance(error, FileNotFoundError):
             return CheckpointNotFound(f"{self.path} does not exist; name an existing file")
         return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it readable")
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """The CRC-32 stated for each record, by its name; none in a file of before torch 1.6."""
+        return {name: info.CRC for name, info in self._infos.items()}
+
+    @property
+    def record_sizes(self) -> dict[str, int]:
+        """Units: bytes."""
+        return dict(self._sizes)
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Read a record, some megabytes at a time."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                self._check_same(file)
+                file.seek(self._start(file, name))
+                left = self._sizes[name]
+                while left:
+                    block = file.read(min(left, BLOCK))
+                    if not block:
+                        raise self.corrupt(f"is cut off: {left} bytes of {name} are not there")
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _check_same(self, file: IO[bytes]) -> None:
+        if _identity(file) != self._identity:
+            raise self.corrupt("was changed while it was being read", "start again")
 
     def _is_zip(self, file: IO[bytes]) -> bool:
         file.seek(0)
@@ -101,6 +136,7 @@ class Archive:
             if not 0 <= info.header_offset <= self.size - LOCAL_HEADER.size - info.file_size:
                 raise self.corrupt(f"is cut off or damaged: {info.filename!r} lies outside its {self.size} bytes")
             records[name] = info
+            self.root = info.filename.partition("/")[0]
         return records
 
     def _start(self, file: IO[bytes], name: str) -> int:
@@ -148,8 +184,7 @@ class Archive:
         count = tensor.end - tensor.offset
         try:
             with self.path.open("rb") as file:
-                if _identity(file) != self._identity:
-                    raise self.corrupt("was changed while it was being read", "start again")
+                self._check_same(file)
                 start = self._start(file, name) + tensor.offset * width
                 base = start - start % mmap.ALLOCATIONGRANULARITY
                 # Private and writable, though never written to: torch warns about read-only buffers.

@@ -165,7 +165,7 @@ def _config(checkpoint: Checkpoint) -> ModelConfig:
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise CheckpointMismatch(
             f"{checkpoint.path} does not say how many attention heads its {num_layers} layers of width {width} have "
-            f"(found {heads!r}); its cfg.model.decoder_attention_heads must be a number that divides {width}"
+            f"(found {ascii(heads)[:40]}); its cfg.model.decoder_attention_heads must be a number that divides {width}"
         )
     final_norm = "decoder.layer_norm.weight" in tensors
     return ModelConfig(

@@ -84,7 +84,9 @@ def read_config(path: Path) -> dict[str, Any]:
     said = read_json(path)
     kind = said.get("model_type", "opt")
     if kind != "opt":
-        raise CheckpointMismatch(f"{path} is of model_type {kind!r}; only OPT models (model_type 'opt') are served")
+        raise CheckpointMismatch(
+            f"{path} is of model_type {ascii(kind)[:40]}; only OPT models (model_type 'opt') are served"
+        )
     return said
 
 
@@ -94,7 +96,7 @@ def open_hugging_face(folder: Path) -> WholeCheckpoint:
     Raises: CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt, naming the file.
     """
     said = read_config(folder / CONFIG)
-    kind, files = _weights(folder)
+    kind, files = weight_files(folder)
     tied = said.get("tie_word_embeddings", True) is not False
     tensors: dict[str, BoxedTensor] = {}
     for path in files:
@@ -112,8 +114,8 @@ def open_hugging_face(folder: Path) -> WholeCheckpoint:
     return WholeCheckpoint.of(folder, f"Hugging Face, {kind}", len(files), tensors, said)
 
 
-def _weights(folder: Path) -> tuple[str, list[Path]]:
-    """Choose among the weights in a folder: their kind and files."""
+def weight_files(folder: Path) -> tuple[str, list[Path]]:
+    """Choose among the weights in a folder: their kind and files. Raises: CheckpointNotFound, CheckpointCorrupt."""
     chosen = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if chosen is None:
         raise CheckpointNotFound(f"{folder} has a config.json, but none of {', '.join(WEIGHTS)}; fetch the weights")

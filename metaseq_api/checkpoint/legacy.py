@@ -34,7 +34,7 @@ def read_legacy(file: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
     version, _ = read_stream(file)
     machine, _ = read_stream(file)
     if version != VERSION or not isinstance(machine, dict):
-        raise ValueError(f"is a stream of torch.save of an unknown version ({str(version)[:20]!r})")
+        raise ValueError(f"is a stream of torch.save of an unknown version ({str(version)[:20]!a})")
     if machine.get("little_endian") is not True:
         raise ValueError("is not from a little-endian machine")
     tree, storages = read_stream(file)

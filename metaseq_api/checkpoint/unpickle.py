@@ -13,14 +13,19 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import IO, Any, ClassVar
 
 import torch
 
 MAX_DIMS = 16
 MAX_SIZE = 2**40
+MAX_DEPTH = 100
+MAX_BITS = 1024
+MAX_COPIES = 1 << 20
+"""So many items may be there by references to others; a few bytes could make more of them than any memory holds."""
 MAX_PICKLE = 1 << 26
 """Units: bytes. What trainers leave is below one megabyte, or some more with a list of documents."""
 
@@ -226,6 +231,9 @@ class Machine(_Base):  # type: ignore[misc]
         super().__init__(file)
         self.storages: dict[str, Storage] = {}
 
+    def load(self) -> Any:
+        return _checked(super().load())
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
@@ -339,6 +347,41 @@ class Machine(_Base):  # type: ignore[misc]
     )
 
 
+def _checked(tree: Any) -> Any:
+    """Raises: ValueError for nests too deep or too wide to go through, and for numbers too long to be written down."""
+    known: dict[int, tuple[int, int]] = {}
+    num_items = 0
+
+    def measure(node: Any, depth: int) -> tuple[int, int]:
+        """Levels below, and how many items there are if each were written out."""
+        nonlocal num_items
+        if isinstance(node, int) and node.bit_length() > MAX_BITS:
+            raise ValueError(f"a number of {node.bit_length()} bits")
+        if not isinstance(node, (dict, list, tuple, set, frozenset, Stub)):
+            return 0, 1
+        if id(node) not in known:
+            if depth >= MAX_DEPTH:
+                raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
+            known[id(node)] = 0, 0  # what contains itself is cut here
+            items: Iterable[Any] = () if isinstance(node, Stub) else node
+            if isinstance(node, dict):
+                items = chain(node, node.values())
+            elif isinstance(node, Stub):
+                items = (node.args, node.state, node.items, node.values)
+            below = [measure(item, depth + 1) for item in items]
+            num_items += len(below)
+            known[id(node)] = 1 + max((h for h, _ in below), default=0), 1 + sum(n for _, n in below)
+        height, size = known[id(node)]
+        if depth + height > MAX_DEPTH:
+            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
+        return height, size
+
+    _, size = measure(tree, 0)
+    if size > MAX_COPIES and size > 10 * num_items:
+        raise ValueError("it refers to the same items again and again")
+    return tree
+
+
 class _Bounded:
     """A file of which a pickle may read so much and no more, whatever lengths it states."""
 
@@ -377,4 +420,4 @@ def _run(machine: Machine) -> tuple[Any, dict[str, Storage]]:
     try:
         return machine.load(), machine.storages
     except BROKEN as error:
-        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {ascii(str(error))[1:-1]})") from None
+        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {ascii(str(error))[1:-1][:200]})") from None

@@ -9,15 +9,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from metaseq_api.checkpoint import hugging_face
+from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.checkpoint import Checkpoint
+from metaseq_api.checkpoint.crc import Checker
+from metaseq_api.checkpoint.finding import Finding
+from metaseq_api.checkpoint.order import misplaced
+from metaseq_api.checkpoint.part import Header, Part, optimizer_entry
 from metaseq_api.checkpoint.rules import split_dim
 from metaseq_api.checkpoint.tensors import LocalTensor
+from metaseq_api.checkpoint.unpickle import StoredTensor
 from metaseq_api.checkpoint.whole import BoxedTensor, WholeCheckpoint
 from metaseq_api.progress import Progress
 
@@ -27,32 +35,67 @@ SAME = 1e-8
 """Copies of one tensor in several parts may differ so much without a word. Source: metaseq's reshard_mp --eps."""
 GROSS = 0.1
 """A difference between copies that no rounding makes."""
+STRETCH = 512
+"""So many zeros in a row are in no trained matrix, and in any page of 4096 bytes that was lost."""
+HEAD = 4
+"""Rows by which two layers are told apart."""
 GLANCE = 1 << 16
 """Units: numbers of a tensor that a glance compares."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong, or, where it is not `fatal`, only remarkable."""
-
-    path: Path
-    what: str
-    fatal: bool = True
 
 
 def verify(
     checkpoint: Checkpoint | WholeCheckpoint, progress: Callable[[int], Progress] = lambda total: lambda done: None
 ) -> list[Finding]:
-    """Look at every number. Raises: CheckpointCorrupt where a file cannot be read."""
+    """Look at every number, the optimizer's too, and hold every record against its checksum.
+
+    Raises: CheckpointError where a file cannot be read, or the optimizer's vectors are not as long as the weights.
+    """
     if isinstance(checkpoint, WholeCheckpoint):
-        tell = progress(checkpoint.num_bytes)
-        return [f for t in checkpoint.tensors.values() for f in _look(checkpoint.path, t.name, _rows(t), tell)]
-    locals_ = [(part.first.archive.path, t) for part in checkpoint.parts for t in part.tensors.values()]
-    tell = progress(sum(t.numel * t.dtype.itemsize for _, t in locals_))
-    found = [*_repeated_shards(checkpoint), *_repeated_parts(checkpoint)]
-    for path, tensor in locals_:
-        found += _look(path, tensor.name, _pieces(tensor), tell)
-    return found + list(copies(checkpoint, checkpoint.parts[0].tensors))
+        return list(_whole(checkpoint, progress))
+    return list(_parts(checkpoint, progress))
+
+
+def _parts(checkpoint: Checkpoint, progress: Callable[[int], Progress]) -> Iterator[Finding]:
+    archives = [header.archive for part in checkpoint.parts for header in part.headers]
+    tensors = list(chain.from_iterable(_tensors(part) for part in checkpoint.parts))
+    num_bytes = sum(t.numel * t.dtype.itemsize for _, t in tensors)
+    tell = progress(num_bytes + sum(sum(a.record_sizes.values()) for a in archives if a.checksums))
+    yield from misplaced(checkpoint)
+    yield from _repeated_shards(checkpoint)
+    yield from _repeated_parts(checkpoint)
+    checker = Checker(tell)
+    for name, tensor in tensors:
+        for run in tensor.runs:  # a record is in the page cache when its numbers are looked at
+            yield from checker.record(run.archive, run.archive.check(run.stored))
+        yield from _look(name, _pieces(tensor), tell)
+    for archive in archives:
+        yield from checker.rest(archive)
+    for part in checkpoint.parts:
+        heads = (
+            (n, t.runs[0].archive.path, _first(t, HEAD * t.num_columns)) for n, t in part.tensors.items() if t.runs
+        )
+        yield from _repeated_layers(heads)
+    yield from copies(checkpoint, checkpoint.parts[0].tensors)
+
+
+def _whole(checkpoint: WholeCheckpoint, progress: Callable[[int], Progress]) -> Iterator[Finding]:
+    folder = checkpoint.path
+    files = hugging_face.weight_files(folder)[1] if hugging_face.is_hugging_face(folder) else []
+    archives = [Archive(path) for path in files if path.suffix == ".bin"]
+    tell = progress(checkpoint.num_bytes + sum(sum(a.record_sizes.values()) for a in archives if a.checksums))
+    checker = Checker(tell)
+    for archive in archives:
+        yield from checker.rest(archive)
+    for name, tensor in checkpoint.tensors.items():
+        yield from _look(name, ((checkpoint.path, piece) for piece in _rows(tensor)), tell)
+    yield from _repeated_layers((n, folder, t.read(0, 0, min(HEAD, t.shape[0]))) for n, t in checkpoint.tensors.items())
+
+
+def _tensors(part: Part) -> Iterator[tuple[str, LocalTensor]]:
+    """All vectors of a part by what they are called, weights first."""
+    yield from part.tensors.items()
+    for kind, tensors in part.moments.items():
+        yield from ((f"{kind} of {name}", tensor) for name, tensor in tensors.items())
 
 
 def glance(checkpoint: Checkpoint) -> list[Finding]:
@@ -71,14 +114,15 @@ def glance(checkpoint: Checkpoint) -> list[Finding]:
     found += copies(checkpoint, present)
     for part in checkpoint.parts:
         for name in present:
-            looks = _look(part.first.archive.path, name, _pieces(part.tensors[name]), lambda done: None)
+            looks = _look(name, _pieces(part.tensors[name]), lambda done: None)
             found += [replace(f, fatal=False) for f in looks]
     return found
 
 
-def _pieces(tensor: LocalTensor) -> Iterator[Tensor]:
-    for start in range(0, tensor.numel, PIECE):
-        yield from tensor.flat(start, min(start + PIECE, tensor.numel))
+def _pieces(tensor: LocalTensor) -> Iterator[tuple[Path, Tensor]]:
+    for run in tensor.runs:
+        for start in range(run.start, run.stop, PIECE):
+            yield run.archive.path, run.view(start, min(start + PIECE, run.stop))
 
 
 def _rows(tensor: BoxedTensor) -> Iterator[Tensor]:
@@ -87,28 +131,51 @@ def _rows(tensor: BoxedTensor) -> Iterator[Tensor]:
         yield tensor.read(0, row, min(row + step, tensor.shape[0]))
 
 
-def _look(path: Path, name: str, pieces: Iterable[Tensor], tell: Progress) -> Iterator[Finding]:
-    """NaN and Inf; and a layer norm's weights, which are about 1, where the numbers are not about 1.
+def _look(name: str, pieces: Iterable[tuple[Path, Tensor]], tell: Progress) -> Iterator[Finding]:
+    """Numbers that cannot be: NaN and Inf; a layer norm's weights, which are about 1, where they are not about 1;
+    the mean of squares below 0; long stretches of zeros, but in tables, whose unused rows are zeros.
 
-    The last is how shards in the wrong order show: each parameter then holds another one's numbers.
+    A norm is how shards in the wrong order show: each parameter then holds another one's numbers.
     """
-    total, peak, num, bad = 0.0, 0.0, 0, None
-    for piece in pieces:
+    total, peak, num, num_zeros, path, bad = 0.0, 0.0, 0, 0, None, False
+    for source, piece in pieces:
+        path = path or source
         numbers = piece.reshape(-1).float()
-        if bad is None and not bool(numbers.isfinite().all()):
-            at = int((~numbers.isfinite()).nonzero()[0])
-            bad = f"{name} holds {numbers[at].item()}"
+        if not bad:
+            what = _impossible(name, numbers)
+            bad = what is not None
+            if what is not None:
+                yield Finding(source, f"{name} holds {what}; fetch the file again, or train from an earlier one")
         total += float(numbers.sum(dtype=torch.float64))
         peak = max(peak, float(numbers.abs().max()))
         num += numbers.numel()
+        num_zeros += _zeros(numbers)
         tell(numbers.numel() * piece.dtype.itemsize)
-    if bad is not None:
-        yield Finding(path, f"{bad}, which is no weight; fetch the file again, or train from an earlier one")
-    elif name.endswith("norm.weight") and num and not 0.05 < total / num < 50:
+    if bad or path is None or " of " in name:
+        return
+    if name.endswith("norm.weight") and not 0.05 < total / num < 50:
         what = f"{name} has a mean of {total / num:.2g}, where a layer norm's weights are about 1"
         yield Finding(path, f"{what}: are shards swapped or renamed?")
     elif peak == 0 and not name.endswith("bias"):
         yield Finding(path, f"{name} is all zeros; was the file written to its end?")
+    elif num_zeros and "embed_" not in name:
+        what = f"{name} has at least {num_zeros} zeros in stretches of {STRETCH} or more"
+        yield Finding(path, f"{what}; was the file written to its end?", fatal=False)
+
+
+def _impossible(name: str, numbers: Tensor) -> str | None:
+    """What no training leaves in a weight or a moment."""
+    if not bool(numbers.isfinite().all()):
+        return f"{numbers[~numbers.isfinite()][0].item()}, which is no weight"
+    if name.startswith("exp_avg_sq ") and bool((numbers < 0).any()):
+        return f"{numbers.min().item():.2g}, where squares are averaged"
+    return None
+
+
+def _zeros(numbers: Tensor) -> int:
+    """Numbers in stretches of zeros: pages that were never written."""
+    stretches = numbers[: numbers.numel() // STRETCH * STRETCH].view(-1, STRETCH)
+    return STRETCH * int((~stretches.any(1)).sum())
 
 
 def _repeated_shards(checkpoint: Checkpoint, limit: int | None = None) -> Iterator[Finding]:
@@ -118,17 +185,29 @@ def _repeated_shards(checkpoint: Checkpoint, limit: int | None = None) -> Iterat
     """
     replicated = 8 * checkpoint.config.hidden_dim  # more than what a layer's parts have in common
     seen: dict[bytes, tuple[int, Path]] = {}
+    told: set[Path] = set()
     for index, part in enumerate(checkpoint.parts):
         if not part.is_flat or part.num_shards == 1:
             continue
-        unit = max(part.units, key=lambda u: ("layers" in u.path, u.numel))
+        unit = max(range(len(part.units)), key=lambda i: ("layers" in part.units[i].path, part.units[i].numel))
         for header in part.headers:
-            numbers = header.archive.view(header.weights[unit.key])[:limit]
-            if not bool(numbers.any()):
-                continue  # nothing but padding
-            other, path = seen.setdefault(_digest(numbers), (index, header.archive.path))
-            if path != header.archive.path and (other == index or numbers.numel() > replicated):
-                yield Finding(header.archive.path, f"holds the same numbers as {path}; fetch one of them again")
+            path = header.archive.path
+            for what, stored in _slices(header, part.units[unit].key, unit):
+                numbers = header.archive.flat(stored, 0, min(limit or stored.numel, stored.numel))
+                if not bool(numbers.any()):
+                    continue  # nothing but padding
+                other, first = seen.setdefault(what.encode() + _digest(numbers), (index, path))
+                if first != path and (other == index or numbers.numel() > replicated) and path not in told:
+                    told.add(path)
+                    yield Finding(path, f"holds the same {what} as {first}; fetch one of them again")
+
+
+def _slices(header: Header, key: str, unit: int) -> Iterator[tuple[str, StoredTensor]]:
+    yield "numbers", header.weights[key]
+    for kind, stored in optimizer_entry(header, unit).items():
+        if isinstance(stored, StoredTensor) and stored.shape:
+            header.archive.check(stored)
+            yield f"optimizer state ({kind})", stored
 
 
 def _repeated_parts(checkpoint: Checkpoint, limit: int | None = None) -> Iterator[Finding]:
@@ -136,11 +215,25 @@ def _repeated_parts(checkpoint: Checkpoint, limit: int | None = None) -> Iterato
     seen: dict[bytes, Path] = {}
     for part in checkpoint.parts if checkpoint.num_parts > 1 else ():
         tensor = part.tensors["decoder.layers.0.fc1.weight"]
-        numbers = torch.cat(list(tensor.flat(0, min(limit or tensor.numel, tensor.numel))))
+        numbers = _first(tensor, limit or tensor.numel)
         path, key = part.first.archive.path, _digest(numbers)
         if key in seen and bool(numbers.any()):
             yield Finding(path, f"holds the same part of the model as {seen[key]}; fetch one of them again")
         seen[key] = path
+
+
+def _repeated_layers(heads: Iterable[tuple[str, Path, Tensor]]) -> Iterator[Finding]:
+    """Two layers that begin with the same numbers: not impossible, since some are made so."""
+    seen: dict[bytes, str] = {}
+    for name, path, numbers in heads:
+        if name.endswith(".fc1.weight") and bool(numbers.any()):
+            first = seen.setdefault(_digest(numbers), name)
+            if first != name:
+                yield Finding(path, f"{name} begins with the numbers of {first}; was a layer copied?", fatal=False)
+
+
+def _first(tensor: LocalTensor, count: int) -> Tensor:
+    return torch.cat(list(tensor.flat(0, min(count, tensor.numel))))
 
 
 def _digest(numbers: Tensor) -> bytes:

@@ -214,7 +214,9 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
         raise CheckpointMismatch(f"{path} holds no OPT model: no layers, or embeddings that are not tables")
     activation = said.get("activation_function", "relu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise CheckpointMismatch(f"{path} has the activation {activation!r}; {', '.join(ACTIVATIONS)} are served")
+        raise CheckpointMismatch(
+            f"{path} has the activation {ascii(activation)[:40]}; {', '.join(ACTIVATIONS)} are served"
+        )
     final_norm = "decoder.layer_norm.weight" in tensors
     pre_norm = bool(said.get("do_layer_norm_before", final_norm))
     if "do_layer_norm_before" in said:
@@ -232,7 +234,8 @@ def config_of(path: Path, tensors: Mapping[str, BoxedTensor], said: Mapping[str,
     for key, size in sizes.items():
         if said.get(key) not in (None, size):
             raise CheckpointMismatch(
-                f"{path} has {size} for {key}, and its config says {said[key]!r}; put one model's files together"
+                f"{path} has {size} for {key}, and its config says {ascii(said[key])[:40]}; "
+                "put one model's files together"
             )
     return ModelConfig(
         num_layers=len(layers),
@@ -255,8 +258,9 @@ def _heads(path: Path, said: Mapping[str, Any], num_layers: int, width: int) -> 
     heads = said.get("num_attention_heads") or heads_from_shape(num_layers, width)
     if type(heads) is not int or heads < 1 or width % heads:
         raise CheckpointMismatch(
-            f"{path} does not say how many attention heads its {num_layers} layers of width {width} have (found "
-            f'{heads!r}); put a config.json beside it with "num_attention_heads", a number that divides {width}'
+            f"{path} does not say how many attention heads its {num_layers} layers of width {width} have "
+            f"(found {ascii(heads)[:40]}); put a config.json beside it with "
+            f'"num_attention_heads", a number that divides {width}'
         )
     return heads
 

@@ -6,6 +6,7 @@ import pickle
 import struct
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -198,15 +199,30 @@ def test_a_key_that_would_take_for_ever_to_hash_is_harmless() -> None:
     assert list(read_pickle(nest + b"h\x64Ns.").values()) == [None]
 
 
-def test_a_list_that_doubles_a_hundred_times_or_holds_itself_is_harmless() -> None:
-    doubling = b"\x80\x02]q\x00" + b"".join(
-        b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(90)
-    )
-    plain(read_pickle(doubling + b"."))
+def _doubling(times: int) -> bytes:
+    pairs = (b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(times))
+    return b"\x80\x02]q\x00" + b"".join(pairs)
+
+
+def test_nests_that_no_one_could_write_out_are_refused_and_those_that_hold_themselves_are_harmless() -> None:
+    with pytest.raises(ValueError, match="refers to the same items again and again"):
+        read_pickle(_doubling(90) + b".")
+    assert plain(read_pickle(_doubling(10) + b"."))
     plain(read_pickle(b"\x80\x02]q\x00(h\x00h\x00e."))
-    deep = read_pickle(b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b".")
     with pytest.raises(ValueError, match="nests deeper"):
-        plain(deep)
+        read_pickle(b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b".")
+
+
+@pytest.mark.parametrize("where", [lambda n: n, lambda n: {"a": [(n,)]}, lambda n: {n: 1}, lambda n: {1: -n}])
+def test_a_number_of_thousands_of_digits_is_refused(where: Callable[[int], Any]) -> None:
+    assert read_pickle(pickle.dumps(where(2**1000), 2)) == where(2**1000)
+    with pytest.raises(ValueError, match="a number of 16610 bits"):
+        read_pickle(pickle.dumps(where(10**5000), 2))
+
+
+def test_many_numbers_of_one_list_are_no_nest() -> None:
+    numbers = list(range(200_000))
+    assert read_pickle(pickle.dumps([numbers] * 9, 2)) == [numbers] * 9
 
 
 def test_a_memo_number_takes_no_memory() -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.checkpoint import write
+from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.write import Stream, save
 from metaseq_api.errors import ResourceError
 
@@ -41,6 +43,20 @@ def test_torch_loads_what_was_streamed(mmap: bool, tmp_path: Path) -> None:
     assert (loaded["size"], loaded["none"]) == (torch.Size([1, 2]), None)
     assert sum(done) == 12 * 4 + 6 * 2 + 8
     assert os.listdir(tmp_path / "new") == ["x.pt"]
+
+
+def test_the_zip_format_finds_every_record_whole_and_a_changed_one_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    big = torch.arange(3_000_000, dtype=torch.float64)
+    save(_tree() | {"big": Stream((len(big),), big.dtype, lambda: iter(big.split(1_000_001)))}, path)
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+    archive = Archive(path)
+    with path.open("r+b") as raw:
+        raw.seek(archive.place(archive.tree["big"]) + 8_000_000)
+        raw.write(b"\1")
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() == f"{archive.root}/data/{archive.tree['big'].key}"
 
 
 def test_every_tensor_has_a_storage_of_its_own(tmp_path: Path) -> None:
@@ -73,6 +89,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
+from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.write import Stream, save
 def chunks():
     yield torch.zeros(2)

@@ -25,7 +25,8 @@ def test_it_tells_layout_model_and_sizes(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_sound_checkpoint_is_verified_with_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(DEMO), "--verify"]) == 0
-    assert "none" in capsys.readouterr().out.splitlines()[-1]
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (said["findings"], said["remarks"]) == ("none", "none")
 
 
 def test_a_damaged_one_names_the_file_and_ends_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,26 @@ def test_a_damaged_one_names_the_file_and_ends_with_4(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert code in (4, 5)  # 5 where the padding alone tells already
     assert names[1].name in said.out + said.err
+
+
+def test_published_sums_are_held_against_the_files_and_decide_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    name = "checkpoint_last-model_part-0-shard0.pt"
+    for path, flags in (
+        (folder / "demo_md5sum.csv", []),
+        (tmp_path / "x.csv", ["--checksums", str(tmp_path / "x.csv")]),
+    ):
+        path.write_text(f"shard,md5sum\n{name},{0:032x}\nelsewhere.pt,{1:032x}\n")
+        assert main([str(folder), "--verify", "--json", *flags]) == 0
+        path.unlink()
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["findings"] == []
+        assert [remark.split(": ")[0] for remark in facts["remarks"]] == [str(path), str(folder / name)]
+    with pytest.raises(SystemExit):
+        main([str(folder), "--checksums", "x.csv"])
 
 
 def test_a_hugging_face_folder_is_inspected_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

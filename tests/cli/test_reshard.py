@@ -246,14 +246,14 @@ def test_where_one_file_fails_the_others_being_written_are_given_up(
     write_shards(tmp_path / "in", with_dtype("fp16"), parts=1, shards=1)
     real, both, failed = write._fill, threading.Barrier(2, timeout=30), threading.Event()
 
-    def fill(file: int, at: int, stream: Any, progress: Any) -> None:
+    def fill(*args: Any) -> Any:
         if not failed.is_set():
             both.wait()  # two files are being written
             if not failed.is_set() and threading.current_thread().name.endswith("_0"):
                 failed.set()
                 raise OSError(28, "full")
             failed.wait(30)
-        real(file, at, stream, progress)
+        return real(*args)
 
     monkeypatch.setattr(write, "_fill", fill)
     assert run(tmp_path / "in", tmp_path / "out", "--parts", "4", "--num-threads", "2") == 8
