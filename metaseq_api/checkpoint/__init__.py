@@ -2,6 +2,7 @@
 
 unpickle    a pickle as plain data: nothing named in it is imported or called
 inert       what such data says, without the foreign objects in it
+alike       a pickle that differs from one already read in single numbers only
 archive     one file of torch.save, memory-mapped
 legacy      where things lie in a file of before torch 1.6
 flat        the arithmetic of fairscale's flat parameters

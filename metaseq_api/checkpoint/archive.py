@@ -13,12 +13,14 @@ import os
 import struct
 import zipfile
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from metaseq_api.checkpoint.alike import Pattern
 from metaseq_api.checkpoint.legacy import read_legacy
 from metaseq_api.checkpoint.unpickle import MAX_PICKLE, StoredTensor, read_pickle
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
@@ -32,11 +34,13 @@ REMEDY = "fetch or write the file again"
 class Archive:
     """A checkpoint file: `tree` is what was saved, with a StoredTensor for each tensor.
 
+    like: a file that is open and may say much the same, as shards do; what is the same in both is kept once.
     Raises: CheckpointNotFound, CheckpointCorrupt, both naming the file; so do all methods.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: Archive | None = None) -> None:
         self.path = path
+        self._like = like
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
@@ -83,7 +87,24 @@ class Archive:
             raise self.corrupt("is a zip file, but torch.save did not write it (no data.pkl)")
         if "byteorder" in self._infos and self._bytes(file, "byteorder") != b"little":
             raise self.corrupt("is not from a little-endian machine", "save it again on one")
-        return read_pickle(self._bytes(file, "data.pkl"))
+        data = self._bytes(file, "data.pkl")
+        tree = self._like.pattern.read(data) if self._like and self._like.pattern else None
+        return read_pickle(data) if tree is None else tree
+
+    @cached_property
+    def pattern(self) -> Pattern | None:
+        """What files like this one are held against; None for one of before torch 1.6."""
+        if not self._infos:
+            return None
+        try:
+            with self.path.open("rb") as file:
+                pattern = Pattern(self._bytes(file, "data.pkl"))
+        except OSError as error:
+            raise self._unreadable(error) from None
+        except ValueError as error:
+            raise self.corrupt(str(error)) from None
+        self.tree = pattern.tree
+        return pattern
 
     def _directory(self, file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
         """Records by name, without the folder that torch.save puts before each."""

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from metaseq_api.checkpoint import rules, write
-from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.checkpoint import Checkpoint
 from metaseq_api.checkpoint.contents import Form, NewPart, Source, contents
 from metaseq_api.checkpoint.folder import collect, numbers
@@ -103,7 +102,7 @@ def reshard_fsdp(
             "name the shards of one part at a time"
         )
     (shards,) = collect(inputs, one_part=True).files
-    part = Part([Header.read(Archive(path)) for path in shards])
+    part = Part(Header.read_all(shards))
     new = NewPart(tensors=part.tensors, moments=_wanted(part, form), units=part.units, like=part)
     lost: list[str] = []
     trees = [contents(new, shard, num_output_shards, form, lost) for shard in range(num_output_shards)]
