@@ -66,7 +66,10 @@ class Header:
 
     @staticmethod
     def read(archive: Archive, like: Header | None = None) -> Header:
-        """Read what a file says, or take it from one that says the same. Raises: CheckpointCorrupt, CheckpointMismatch."""
+        """Read what a file says, or take it from one that says the same.
+
+        Raises: CheckpointCorrupt, CheckpointMismatch.
+        """
         if like and _is_shared(archive, like.archive, "model"):
             if _is_shared(archive, like.archive, "shard_metadata"):
                 return replace(like, archive=archive)

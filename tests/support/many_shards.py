@@ -37,11 +37,10 @@ def write_many_shards(
         fsdp.world_size = num_shards
         for shard in range(num_shards):
             fsdp.rank = shard
-            state["model"] = OrderedDict()
+            state["model"] = OrderedDict(whole)
             for entry in state["shard_metadata"]["param_metadata"]:
                 key = ".".join(filter(None, (entry["fsdp_path"], "flat_param_0")))
                 state["model"][key], entry["params"]["flat_param_0"]["padding"] = fsdp._get_shard(whole[key])
-            state["model"]["decoder.version"] = whole["decoder.version"]
             paths.append(folder / f"checkpoint_last-model_part-{part}-shard{shard}.pt")
             torch.save(state, paths[-1])
     return paths
