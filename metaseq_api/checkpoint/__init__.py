@@ -18,6 +18,7 @@ mapped      one file whose bytes are mapped
 safetensors_file  the safetensors format
 hugging_face  a folder that transformers left
 dcp         a folder of torch.distributed.checkpoint
+counted     a checkpoint that tells how much of it was read
 opening     which of these a path stands for
 verify      reads a checkpoint and says what is wrong with its numbers
 to_hugging_face  a folder that transformers loads, written
