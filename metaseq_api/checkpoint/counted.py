@@ -46,5 +46,8 @@ def driver_bytes(checkpoint: Checkpoint | WholeCheckpoint, num_ranks: int) -> in
 
     The others read as much but for the biases of row-split layers, which the driver alone adds.
     """
-    tensors = map(checkpoint.tensor, checkpoint.names())
-    return sum(t.numel * t.dtype.itemsize // (1 if t.split is None else num_ranks) for t in tensors)
+    total = 0
+    for name in checkpoint.names():
+        tensor: LogicalTensor | BoxedTensor = checkpoint.tensor(name)
+        total += tensor.numel * tensor.dtype.itemsize // (1 if tensor.split is None else num_ranks)
+    return total
