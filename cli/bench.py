@@ -63,8 +63,9 @@ def bench_reshard(args: argparse.Namespace) -> None:
 
 def bench_load(args: argparse.Namespace) -> None:
     files = load.make(args.folder, OPT_SHAPES[args.shape], say)
+    files = {layout: files[layout] for layout in args.layouts}
     figures = load.measure(files, args.ranks, args.rounds, args.dtype, say)
-    total = sum(path.stat().st_size for path in files["shards"])
+    total = sum(path.stat().st_size for path in files[args.layouts[0]])
     print(f"{args.shape}, fp16 files of {total / 1e9:.2f} GB; load: as {args.dtype} on the CPU, once, packing included")
     print("\n".join(load.table(figures)))
 
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     p = kinds.add_parser("load", help="reading a checkpoint to serve it")
     p.set_defaults(job=bench_load)
     p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-1.3b")
+    p.add_argument("--layouts", choices=sorted(load.LAYOUTS), nargs="+", default=list(load.LAYOUTS))
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     p.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of what is kept (default: fp32)")
     p.add_argument("--rounds", type=int, default=3)

@@ -120,6 +120,7 @@ def _hugging_face(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         num_hidden_layers=config.num_layers,
         ffn_dim=config.ffn_dim,
         num_attention_heads=config.num_heads,
+        max_position_embeddings=config.max_positions,
         do_layer_norm_before=config.pre_norm,
     )
     with torch.device("meta"):

@@ -90,7 +90,7 @@ def measure(
                     figures.setdefault((layout, num, "cold", way), []).append(run(way, paths, num, dtype))
                 for way in ways:  # all pages were read just now
                     figures.setdefault((layout, num, "warm", way), []).append(run(way, paths, num, dtype))
-            say(f"{LAYOUTS[layout]} over {num} rank(s) done")
+                say(f"{LAYOUTS[layout]} over {num} rank(s): round {turn + 1} of {rounds} done")
     return figures
 
 
