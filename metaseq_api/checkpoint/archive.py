@@ -190,6 +190,26 @@ class Archive:
             flat = torch.frombuffer(window, dtype=tensor.dtype, count=count, offset=start - base)
         return flat.as_strided(tensor.shape, tensor.stride)
 
+    def fill(self, out: Tensor, tensor: StoredTensor, start: int) -> None:
+        """Read numbers of a tensor, in order from `start` on, straight into `out`. Shapes: out is a vector."""
+        if not tensor.in_order:
+            out.copy_(self.view(tensor).reshape(-1)[start : start + len(out)])
+            return
+        name, width = self.check(tensor), tensor.dtype.itemsize
+        data: Any = memoryview(out.view(torch.uint8).numpy())
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _identity(file) != self._identity:
+                    raise self.corrupt("was changed while it was being read", "start again")
+                at = self._start(file, name) + (tensor.offset + start) * width
+                while data:
+                    done = os.preadv(file.fileno(), [data], at)
+                    if not done:
+                        raise self.corrupt("was changed while it was being read", "start again")
+                    data, at = data[done:], at + done
+        except OSError as error:
+            raise self._unreadable(error) from None
+
     def flat(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
         """Map numbers start to stop of a tensor, in order, and no others unless it lies in the file out of order."""
         if not tensor.in_order:
