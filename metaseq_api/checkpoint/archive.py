@@ -196,7 +196,8 @@ class Archive:
             out.copy_(self.view(tensor).reshape(-1)[start : start + len(out)])
             return
         name, width = self.check(tensor), tensor.dtype.itemsize
-        data: Any = memoryview(out.view(torch.uint8).numpy())
+        numbers: Any = out.view(torch.uint8).numpy()
+        data = memoryview(numbers)
         try:
             with self.path.open("rb", buffering=0) as file:
                 if _identity(file) != self._identity:
