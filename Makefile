@@ -13,7 +13,7 @@ help:
 	@echo "make test-slurm  on a throw-away SLURM of fake nodes (root, Debian)"
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
 	@echo "make lint types  ruff and mypy"
-	@echo "make bench       speed beside Hugging Face on the same weights"
+	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
 
@@ -56,9 +56,10 @@ types: $(BIN)/.test
 	$(BIN)/mypy
 
 bench: $(BIN)/.test
-	$(BIN)/metaseq-api-bench --shape opt-125m --dtype fp32 --against hf
-	$(BIN)/metaseq-api-bench --shape opt-125m --dtype bf16 --against hf
-	$(BIN)/metaseq-api-bench-reshard --shape opt-1.3b --shards 8 --folder run/bench
+	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype fp32 --against hf
+	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
+	$(BIN)/metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder run/bench
+	$(BIN)/metaseq-api-bench load --shape opt-1.3b --folder run/bench-load
 
 package: $(BIN)/.test
 	rm -rf build dist

@@ -1,190 +1,80 @@
-"""metaseq-api-bench: how fast the engine is, beside Hugging Face's `generate` on the same weights in the same run.
+"""metaseq-api-bench: what is measured, each beside another way of doing the same in the same run.
 
-    metaseq-api-bench --shape opt-125m --dtype bf16 --against hf
+    metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
+    metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder /scratch/bench
+    metaseq-api-bench load --shape opt-1.3b --folder /scratch/bench-load
 
-Three figures, never mixed: decode (one stream after its first token), prefill (one long prompt to its first token), and
-throughput (many requests of unlike lengths at once, prompts included in the time but not in the count). Random weights
-of any published shape, no file needed. Rounds are interleaved, so that both sides meet the same machine.
+engine: tokens a second of random weights, beside Hugging Face's `generate`. reshard: joining FSDP shards, beside `cp`
+and beside metaseq's way (load everything, join, save). load: reading a checkpoint to serve it, beside a plain read of
+the same bytes. The files that reshard and load need are made in the folder first and kept there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from metaseq_api import errors
+from metaseq_api.bench import engine, load, reshard
 from metaseq_api.checkpoint.checkpoint import DTYPES
-from metaseq_api.core import ModelConfig, Request, SamplingParams
+from metaseq_api.checkpoint.door import guarded
 from metaseq_api.core.config import OPT_SHAPES
-from metaseq_api.engine.channel import Channel
-from metaseq_api.engine.engine import Engine
-from metaseq_api.engine.limits import Limits
-from metaseq_api.engine.worker import Worker
-from metaseq_api.model.cache import KVCache
-from metaseq_api.model.opt import OPT
-from metaseq_api.model.weights import RandomWeights
-from metaseq_api.parallel.context import ParallelContext
-from metaseq_api.scheduling.blocks import BlockPool
-from metaseq_api.scheduling.scheduler import Scheduler
-from metaseq_api.settings import Settings
-from metaseq_api.tokenizer import Tokenizer, find_files
-
-Generate = Callable[[list[list[int]], int], object]
-"""Continue every prompt by exactly so many tokens, greedily, and wait."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and with --json write the figures."""
     args = _parser().parse_args(argv)
+    return guarded(lambda: args.job(args))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def bench_engine(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config, dtype = OPT_SHAPES[args.shape], DTYPES[args.dtype]
-    try:
-        engine = make_engine(config, dtype, device)
-    except errors.MetaseqApiError as e:
-        print(f"metaseq-api-bench: error: {e}", file=sys.stderr)
-        return e.exit_code
-    # all in this thread: a second one that computes would slow both (see Engine)
-    sides: dict[str, Generate] = {"ours": _ours(engine)}
-    if args.against == "hf":
-        sides["hf"] = _hugging_face(config, dtype, device)
-    figures = measure(sides, args)
+    sides = engine.sides(OPT_SHAPES[args.shape], DTYPES[args.dtype], device, args.against)
+    asked = engine.Load(
+        rounds=args.rounds,
+        prompt_len=args.prompt_len,
+        new_tokens=args.new_tokens,
+        prefill_len=args.prefill_len,
+        requests=args.requests,
+    )
+    figures = engine.measure(sides, asked, say)
     print(f"{args.shape} {args.dtype}, {device}, {args.threads} threads, torch {torch.__version__}")
-    _print_table(figures)
+    print("\n".join(engine.table(figures)))
     if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "figures": figures}, indent=1))
-    return 0
+        arguments = {name: value for name, value in vars(args).items() if name != "job"}
+        Path(args.json).write_text(json.dumps({"arguments": arguments, "figures": figures}, indent=1))
 
 
-def make_engine(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Engine:
-    """An engine on random weights, with room for the whole workload."""
-    context, settings = ParallelContext(device=device), Settings()
-    model = OPT(config, context, dtype)
-    model.load(RandomWeights(config))
-    num_blocks = 64 * config.max_positions // 4 // settings.block_size
-    cache = KVCache(config, context, dtype, num_blocks=num_blocks, block_size=settings.block_size)
-    pool = BlockPool(num_blocks, settings.block_size)
-    tokenizer = Tokenizer.load(*find_files(settings.checkpoint, None, None), model_vocab_size=config.vocab_size)
-    return Engine(
-        worker=Worker(model, cache),
-        channel=Channel(context),
-        scheduler=Scheduler(pool, max_batch_tokens=settings.max_batch_tokens, max_batch_size=settings.max_batch_size),
-        tokenizer=tokenizer,
-        limits=Limits(max_seq_len=config.max_positions),
-        model_name="bench",
-    )
+def bench_reshard(args: argparse.Namespace) -> None:
+    figures = reshard.measure(args.folder, OPT_SHAPES[args.shape], args.shards, args.rounds, say)
+    total = sum(path.stat().st_size for path in args.folder.glob("*shard*.pt"))
+    print(f"{args.shape}, {args.shards} shards of {total / 1e9:.2f} GB in all, optimizer state left out")
+    print("\n".join(reshard.table(figures)))
 
 
-def measure(sides: dict[str, Generate], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of each figure and side, one number a round. Sides take turns within a round."""
-    figures: dict[str, dict[str, list[float]]] = {
-        f: {s: [] for s in sides} for f in ("decode", "prefill", "throughput")
-    }
-    for generate in sides.values():
-        generate([_prompt(args.prompt_len, "warm")], 8)
-        generate([_prompt(args.prefill_len, "warm")], 1)
-        generate(_mixed(args.requests, "warm"), 4)
-    for turn in range(args.rounds):
-        for side, generate in sides.items():
-            first = statistics.median(_time(generate, [_prompt(args.prompt_len, f"a{turn}{i}")], 1) for i in range(3))
-            whole = _time(generate, [_prompt(args.prompt_len, f"b{turn}")], args.new_tokens)
-            figures["decode"][side].append((args.new_tokens - 1) / (whole - first))
-        for side, generate in sides.items():
-            spent = statistics.median(_time(generate, [_prompt(args.prefill_len, f"c{turn}{i}")], 1) for i in range(3))
-            figures["prefill"][side].append(args.prefill_len / spent)
-        for side, generate in sides.items():
-            spent = _time(generate, _mixed(args.requests, str(turn)), args.new_tokens)
-            figures["throughput"][side].append(args.requests * args.new_tokens / spent)
-        print(f"round {turn + 1} of {args.rounds} done", file=sys.stderr)
-    return figures
-
-
-def _ours(engine: Engine) -> Generate:
-    def generate(prompts: list[list[int]], num: int) -> object:
-        params = SamplingParams(max_tokens=num, temperature=0, ignore_eos=True)
-        tickets = [engine.submit(Request(request_id="bench", prompts=(tuple(p),), params=params)) for p in prompts]
-        while not all(t.ended for t in tickets):
-            engine.turn()
-        return [t.result() for t in tickets]
-
-    return generate
-
-
-def _hugging_face(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Generate:
-    """Hugging Face's OPT on the same weights; `generate` with a static, left-padded batch."""
-    from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
-
-    hf_config = OPTConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_dim,
-        word_embed_proj_dim=config.embed_dim,
-        num_hidden_layers=config.num_layers,
-        ffn_dim=config.ffn_dim,
-        num_attention_heads=config.num_heads,
-        do_layer_norm_before=config.pre_norm,
-    )
-    with torch.device("meta"):
-        model = OPTForCausalLM(hf_config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    weights = RandomWeights(config)
-    with torch.no_grad():
-        for name, p in model.model.decoder.named_parameters():
-            name = name.replace("project_in.", "project_in_dim.").replace("project_out.", "project_out_dim.")
-            name = "layer_norm" + name[len("final_layer_norm") :] if name.startswith("final_layer_norm") else name
-            p.copy_(weights.tensor(f"decoder.{name}").value)
-    model.tie_weights()
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=1, bos_token_id=2, eos_token_id=None)
-
-    def generate(prompts: list[list[int]], num: int) -> object:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[1] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with torch.inference_mode():
-            out: Any = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=num)
-        assert out.shape[1] == longest + num, out.shape
-        return out.tolist()
-
-    return generate
-
-
-def _prompt(length: int, seed: str) -> list[int]:
-    """</s> and random ids of the vocabulary's ordinary tokens."""
-    r = random.Random(f"{length}-{seed}")
-    return [2, *(r.randrange(4, 2000) for _ in range(length - 1))]
-
-
-def _mixed(num: int, seed: str) -> list[list[int]]:
-    """Prompts of 64 to 256 tokens; the lengths are the same in every round, the ids are not."""
-    lengths = random.Random(1234)
-    return [_prompt(lengths.randint(64, 256), f"{seed}-{i}") for i in range(num)]
-
-
-def _time(generate: Generate, prompts: list[list[int]], num: int) -> float:
-    began = time.perf_counter()
-    generate(prompts, num)
-    return time.perf_counter() - began
-
-
-def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:
-    """Medians in tokens a second, with the range, and the ratio of ours to the other."""
-    for figure, sides in figures.items():
-        cells = [f"{s} {statistics.median(v):8.1f} ({min(v):.1f}-{max(v):.1f})" for s, v in sides.items()]
-        middle = [statistics.median(v) for v in sides.values()]
-        ratio = f"  ratio {middle[0] / middle[1]:.2f}" if len(middle) > 1 else ""
-        print(f"  {figure:<11} tok/s  {'   '.join(cells)}{ratio}")
+def bench_load(args: argparse.Namespace) -> None:
+    files = load.make(args.folder, OPT_SHAPES[args.shape], say)
+    files = {layout: files[layout] for layout in args.layouts}
+    figures = load.measure(files, args.ranks, args.rounds, args.dtype, say)
+    total = sum(path.stat().st_size for path in files[args.layouts[0]])
+    print(f"{args.shape}, fp16 files of {total / 1e9:.2f} GB; load: as {args.dtype} on the CPU, once, packing included")
+    print("\n".join(load.table(figures)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="metaseq-api-bench", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="metaseq-api-bench", description="Measure, beside other ways.")
+    kinds = parser.add_subparsers(required=True, metavar="engine | reshard | load")
+    p = kinds.add_parser("engine", help="tokens a second")
+    p.set_defaults(job=bench_engine)
     p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-125m")
     p.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     p.add_argument("--device", choices=["cpu", "cuda"])
@@ -196,7 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prefill-len", type=int, default=1024)
     p.add_argument("--requests", type=int, default=32)
     p.add_argument("--json", help="write all figures here")
-    return p
+    p = kinds.add_parser("reshard", help="joining FSDP shards")
+    p.set_defaults(job=bench_reshard)
+    p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-1.3b")
+    p.add_argument("--shards", type=int, default=8)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--folder", type=Path, required=True, help="where 17 bytes a parameter are free")
+    p = kinds.add_parser("load", help="reading a checkpoint to serve it")
+    p.set_defaults(job=bench_load)
+    p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-1.3b")
+    p.add_argument("--layouts", choices=sorted(load.LAYOUTS), nargs="+", default=list(load.LAYOUTS))
+    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of what is kept (default: fp32)")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--folder", type=Path, required=True, help="where 6 bytes a parameter are free")
+    return parser
 
 
 if __name__ == "__main__":

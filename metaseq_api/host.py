@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from metaseq_api.checkpoint.checkpoint import DTYPES, Checkpoint
+from metaseq_api.checkpoint.counted import Counted, driver_bytes
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import glance
 from metaseq_api.checkpoint.whole import WholeCheckpoint
@@ -136,13 +137,14 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
 
 
 def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worker:
-    """Read this rank's slice of the weights, rank 0 saying how far it is, and make its cache."""
+    """Read this rank's slice of the weights, rank 0 saying how far it itself is, and make its cache."""
     num_blocks = context.least(ready.memory.num_blocks)  # now: after reading, ranks may be minutes apart
     model = OPT(ready.config, context, ready.dtype)
     with progress_bar("loading") if context.is_driver else contextlib.nullcontext(None) as begin:
-        layer_bytes = ready.memory.weight_bytes // ready.config.num_layers
-        done = begin(layer_bytes * ready.config.num_layers) if begin else None
-        model.load(ready.checkpoint, None if done is None else lambda: done(layer_bytes))
+        if begin is None:
+            model.load(ready.checkpoint)
+        else:
+            model.load(Counted(ready.checkpoint, begin(driver_bytes(ready.checkpoint, context.tensor_size))))
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
     return Worker(model, cache)
 

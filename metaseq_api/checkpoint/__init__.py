@@ -2,6 +2,7 @@
 
 unpickle    a pickle as plain data: nothing named in it is imported or called
 inert       what such data says, without the foreign objects in it
+alike       a pickle that differs from one already read in single numbers only
 archive     one file of torch.save, memory-mapped
 legacy      where things lie in a file of before torch 1.6
 flat        the arithmetic of fairscale's flat parameters
@@ -19,6 +20,7 @@ hugging_face  a folder that transformers left
 dcp         a folder of torch.distributed.checkpoint
 dcp_metadata  what its pickles say
 dcp_optimizer  and what of its optimizer can be had
+counted     a checkpoint that tells how much of it was read
 opening     which of these a path stands for
 verify      reads a checkpoint and says what is wrong with its numbers
 to_hugging_face  a folder that transformers loads, written

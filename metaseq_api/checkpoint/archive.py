@@ -14,12 +14,14 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from metaseq_api.checkpoint.alike import Pattern
 from metaseq_api.checkpoint.legacy import read_legacy
 from metaseq_api.checkpoint.unpickle import MAX_PICKLE, StoredTensor, read_pickle
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
@@ -35,11 +37,13 @@ BLOCK = 8 << 20
 class Archive:
     """A checkpoint file: `tree` is what was saved, with a StoredTensor for each tensor.
 
+    like: a file that is open and may say much the same, as shards do; what is the same in both is kept once.
     Raises: CheckpointNotFound, CheckpointCorrupt, both naming the file; so do all methods.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: Archive | None = None) -> None:
         self.path = path
+        self._like = like
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
@@ -118,7 +122,24 @@ class Archive:
             raise self.corrupt("is a zip file, but torch.save did not write it (no data.pkl)")
         if "byteorder" in self._infos and self._bytes(file, "byteorder") != b"little":
             raise self.corrupt("is not from a little-endian machine", "save it again on one")
-        return read_pickle(self._bytes(file, "data.pkl"))
+        data = self._bytes(file, "data.pkl")
+        tree = self._like.pattern.read(data) if self._like and self._like.pattern else None
+        return read_pickle(data) if tree is None else tree
+
+    @cached_property
+    def pattern(self) -> Pattern | None:
+        """What files like this one are held against; None for one of before torch 1.6."""
+        if not self._infos:
+            return None
+        try:
+            with self.path.open("rb") as file:
+                pattern = Pattern(self._bytes(file, "data.pkl"))
+        except OSError as error:
+            raise self._unreadable(error) from None
+        except ValueError as error:
+            raise self.corrupt(str(error)) from None
+        self.tree = pattern.tree
+        return pattern
 
     def _directory(self, file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
         """Records by name, without the folder that torch.save puts before each."""
@@ -203,6 +224,27 @@ class Archive:
         else:
             flat = torch.frombuffer(window, dtype=tensor.dtype, count=count, offset=start - base)
         return flat.as_strided(tensor.shape, tensor.stride)
+
+    def fill(self, out: Tensor, tensor: StoredTensor, start: int) -> None:
+        """Read numbers of a tensor, in order from `start` on, straight into `out`. Shapes: out is a vector."""
+        if not tensor.in_order:
+            out.copy_(self.view(tensor).reshape(-1)[start : start + len(out)])
+            return
+        name, width = self.check(tensor), tensor.dtype.itemsize
+        numbers: Any = out.view(torch.uint8).numpy()
+        data = memoryview(numbers)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _identity(file) != self._identity:
+                    raise self.corrupt("was changed while it was being read", "start again")
+                at = self._start(file, name) + (tensor.offset + start) * width
+                while data:
+                    done = os.preadv(file.fileno(), [data], at)
+                    if not done:
+                        raise self.corrupt("was changed while it was being read", "start again")
+                    data, at = data[done:], at + done
+        except OSError as error:
+            raise self._unreadable(error) from None
 
     def flat(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
         """Map numbers start to stop of a tensor, in order, and no others unless it lies in the file out of order."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from metaseq_api.checkpoint import rules
-from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.folder import FileSet, with_numbers
 from metaseq_api.checkpoint.part import Header, Part, check_same
 from metaseq_api.checkpoint.tensors import LocalTensor, LogicalTensor
@@ -30,9 +29,10 @@ class Checkpoint:
     def __init__(self, files: FileSet) -> None:
         """Raises: CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt, naming the file."""
         self.files = files
-        headers = [[Header.read(Archive(path)) for path in shards] for shards in files.files]
-        check_same([header for part in headers for header in part])
-        self.parts = tuple(Part(part) for part in headers)
+        headers = Header.read_all(path for shards in files.files for path in shards)
+        check_same(headers)
+        num = files.num_shards
+        self.parts = tuple(Part(headers[at : at + num]) for at in range(0, len(headers), num))
         self._check_num_parts()
         self._tensors = self._joined([part.tensors for part in self.parts])
         self.config = _config(self)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from metaseq_api.checkpoint.archive import Archive
@@ -54,9 +55,27 @@ class Header:
     padding: Mapping[str, int]
 
     @staticmethod
-    def read(archive: Archive) -> Header:
-        """Raises: CheckpointCorrupt, CheckpointMismatch."""
-        weights = weights_of(archive)
+    def read_all(paths: Iterable[Path]) -> list[Header]:
+        """Read the headers of files of one checkpoint, which have most in common. Raises: as `read`."""
+        first: Header | None = None
+        headers = []
+        for path in paths:
+            headers.append(Header.read(Archive(path, like=first.archive if first else None), like=first))
+            first = first or headers[0]
+        return headers
+
+    @staticmethod
+    def read(archive: Archive, like: Header | None = None) -> Header:
+        """Read what a file says, or take it from one that says the same.
+
+        Raises: CheckpointCorrupt, CheckpointMismatch.
+        """
+        if like and _is_shared(archive, like.archive, "model"):
+            if _is_shared(archive, like.archive, "shard_metadata"):
+                return replace(like, archive=archive)
+            weights = like.weights
+        else:
+            weights = weights_of(archive)
         metadata = archive.tree.get("shard_metadata")
         if metadata is None:
             return Header(archive, weights, (), {})
@@ -64,6 +83,8 @@ class Header:
             units, padding = read_units(plain(metadata))
         except ValueError as error:
             raise archive.corrupt(str(error)) from None
+        if like and units == like.units:
+            units = like.units
         if any(unit.key in weights for unit in units):
             return Header(archive, weights, units, padding)
         return Header(archive, weights, relaid(units, {name: tensor.shape for name, tensor in weights.items()}), {})
@@ -104,6 +125,14 @@ class Header:
         model = self.cfg.get("model")
         named = model if isinstance(model, dict) else {}
         return shapes, *(str(named.get(key)) for key in ("decoder_attention_heads", "activation_fn"))
+
+
+def _is_shared(one: Archive, two: Archive, key: str) -> bool:
+    """Whether two files say the same under a key, as `Archive` found when it read the second."""
+    trees = one.tree, two.tree
+    return all(isinstance(tree, dict) and isinstance(tree.get(key), dict) for tree in trees) and (
+        one.tree[key] is two.tree[key]
+    )
 
 
 def laid_out(headers: Sequence[Header]) -> list[Header]:
@@ -247,12 +276,12 @@ class Part:
     def _check_slices(self) -> None:
         """Hold every slice against the metadata: their length, their padding, and whether all are there."""
         for unit in self.units:
-            total = 0
+            total, numel = 0, unit.numel
             for shard, header in enumerate(self.headers):
                 slice_ = header.weights.get(unit.key)
                 if slice_ is None or len(slice_.shape) != 1:
                     raise header.archive.corrupt(f"has no slice of {unit.key}, which its metadata lists")
-                wanted = len(held(unit.numel, slice_.numel, shard))
+                wanted = len(held(numel, slice_.numel, shard))
                 holds = slice_.numel - header.padding[unit.key]
                 if holds != wanted:
                     raise CheckpointMismatch(
@@ -260,7 +289,7 @@ class Part:
                         f"slices of {slice_.numel} has {wanted}; the shards' names or number are not those of the run"
                     )
                 total += holds
-            if total < unit.numel:
+            if total < numel:
                 raise self._shard_missing(unit, total)
         listed = {unit.key for unit in self.units}
         for name in self.first.weights:

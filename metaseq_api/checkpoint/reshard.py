@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.checkpoint import Checkpoint
 from metaseq_api.checkpoint.contents import Form, NewPart, contents
 from metaseq_api.checkpoint.folder import collect, numbers
@@ -61,7 +60,7 @@ def shards_of_part(inputs: Sequence[Path], output: str, num_output_shards: int, 
             "name the shards of one part at a time"
         )
     (shards,) = collect(inputs, one_part=True).files
-    part = Part([Header.read(Archive(path)) for path in shards])
+    part = Part(Header.read_all(shards))
     return _shards(same_part(part, form), paths, form, job_id(shards, form))
 
 

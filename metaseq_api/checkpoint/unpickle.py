@@ -405,7 +405,7 @@ def read_stream(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
 
     Raises: ValueError where it is damaged.
     """
-    return _run(Machine(_Bounded(file)))
+    return run(Machine(_Bounded(file)))
 
 
 def read_pickle(data: bytes) -> Any:
@@ -413,10 +413,11 @@ def read_pickle(data: bytes) -> Any:
 
     Raises: ValueError where it is damaged.
     """
-    return _run(Machine(io.BytesIO(data)))[0]
+    return run(Machine(io.BytesIO(data)))[0]
 
 
-def _run(machine: Machine) -> tuple[Any, dict[str, Storage]]:
+def run(machine: Machine) -> tuple[Any, dict[str, Storage]]:
+    """Let a machine read its pickle: what it says, and its storages by their keys. Raises: ValueError."""
     try:
         return machine.load(), machine.storages
     except BROKEN as error:

@@ -9,7 +9,6 @@ width, H heads of this rank, K head width, F ffn rows of this rank, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -114,8 +113,8 @@ class OPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config, context, dtype, i) for i in range(config.num_layers))
         self.norm = Norm(context, dtype, config.norm_eps)
 
-    def load(self, weights: Weights, layer_done: Callable[[], object] | None = None) -> None:
-        """Read this rank's slice of every tensor. `layer_done` hears of each layer."""
+    def load(self, weights: Weights) -> None:
+        """Read this rank's slice of every tensor, each once."""
         output = None if self.config.tied_output else weights.tensor("decoder.output_projection.weight")
         self.embed.load(weights.tensor("decoder.embed_tokens.weight"), output)
         positions = read_whole(weights.tensor("decoder.embed_positions.weight"))
@@ -126,8 +125,6 @@ class OPT(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Layer)
             layer.load(weights)
-            if layer_done is not None:
-                layer_done()
         if self.config.final_norm:
             self.norm.load(weights, "decoder.layer_norm")
 

@@ -139,3 +139,16 @@ def test_flipped_bits_end_in_numbers_or_in_one_error(saved: Path, tmp_path: Path
         except CheckpointCorrupt as error:
             assert str(target) in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_numbers_are_filled_in_from_any_place_and_a_file_cut_meanwhile_is_named(tmp_path: Path) -> None:
+    values, path = torch.arange(5000.0), tmp_path / "x.pt"
+    torch.save({"a": values, "b": values.view(50, 100).t()}, path)
+    archive = Archive(path)
+    for name, wanted in (("a", values), ("b", values.view(50, 100).t().reshape(-1))):
+        out = torch.empty(321)
+        archive.fill(out, archive.tree[name], 77)
+        assert torch.equal(out, wanted[77:398])
+    os.truncate(path, path.stat().st_size - 3000)
+    with pytest.raises(CheckpointCorrupt, match=r"x\.pt was changed while it was being read"):
+        archive.fill(torch.empty(321), archive.tree["a"], 77)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from metaseq_api.cli.bench_reshard import main
+from metaseq_api.cli.bench import main
 
-from metaseq_api.bench import files
+from metaseq_api.bench import reshard
 from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.core.config import OPT_SHAPES, ModelConfig
 
@@ -17,14 +17,14 @@ CONFIG = ModelConfig(num_layers=2, hidden_dim=16, num_heads=4, ffn_dim=64, vocab
 
 
 def test_every_way_makes_the_same_weights(tmp_path: Path) -> None:
-    shards = files.make_shards(tmp_path, CONFIG, 3, lambda text: None)
+    shards = reshard.make_shards(tmp_path, CONFIG, 3, lambda text: None)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config == dataclasses.replace(CONFIG, dtype="fp16")
     assert set(checkpoint.moments()) == {"exp_avg", "exp_avg_sq"}
     ours, theirs = tmp_path / "a/ours.pt", tmp_path / "b/theirs.pt"
     theirs.parent.mkdir()
-    files._ours(shards, ours)
-    files._load_all(shards, theirs)
+    reshard._ours(shards, ours)
+    reshard._load_all(shards, theirs)
     one, two = open_checkpoint(ours), open_checkpoint(theirs)
     for name in checkpoint.names():
         assert torch.equal(one.tensor(name).read_all(), two.tensor(name).read_all())
@@ -32,9 +32,9 @@ def test_every_way_makes_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_run_is_timed_and_its_memory_watched(tmp_path: Path) -> None:
-    shards = files.make_shards(tmp_path, CONFIG, 2, lambda text: None)
-    for way in files.WAYS:
-        figure = files.run(way, shards, tmp_path)
+    shards = reshard.make_shards(tmp_path, CONFIG, 2, lambda text: None)
+    for way in reshard.WAYS:
+        figure = reshard.run(way, shards, tmp_path)
         assert figure.num_bytes > 2 * CONFIG.num_params
         assert figure.seconds > 0
 
@@ -42,7 +42,7 @@ def test_a_run_is_timed_and_its_memory_watched(tmp_path: Path) -> None:
 def test_too_little_room_is_said_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "room", lambda folder: 1000)
-    assert main(["--folder", str(tmp_path), "--shape", next(iter(OPT_SHAPES))]) == 8
+    monkeypatch.setattr(reshard, "room", lambda folder: 1000)
+    assert main(["reshard", "--folder", str(tmp_path), "--shape", next(iter(OPT_SHAPES))]) == 8
     assert "are needed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

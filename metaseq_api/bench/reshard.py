@@ -7,6 +7,7 @@ process of its own, whose anonymous memory is watched. Does not print.
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.flat import Unit, slice_len, units_of, write_units
 from metaseq_api.checkpoint.reshard import reshard_fsdp
 from metaseq_api.core.config import ModelConfig, tensor_shapes
+from metaseq_api.errors import ResourceError
 
 WAYS = ("ours", "cp", "load all")
 _POLL_S = 0.02
@@ -41,7 +43,9 @@ class Figure:
         return self.num_bytes / self.seconds / 1e9
 
 
-def make_shards(folder: Path, config: ModelConfig, num_shards: int, tell: Callable[[str], object]) -> list[Path]:
+def make_shards(
+    folder: Path, config: ModelConfig, num_shards: int, tell: Callable[[str], object], *, moments: bool = True
+) -> list[Path]:
     """Write `checkpoint_last-model_part-0-shardK.pt` with fp16 weights and fp32 moments; kept where they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     units = units_of(stored_shapes(config))
@@ -49,7 +53,8 @@ def make_shards(folder: Path, config: ModelConfig, num_shards: int, tell: Callab
     for shard, path in enumerate(paths):
         if not path.exists():
             tell(f"making {path.name}")
-            torch.save(_shard(units, config, shard, num_shards), path.with_suffix(".making"))
+            state = _shard(units, config, shard, num_shards, moments)
+            torch.save(state, path.with_suffix(".making"))
             path.with_suffix(".making").rename(path)
     return paths
 
@@ -65,7 +70,7 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shard(units: Sequence[Unit], config: ModelConfig, shard: int, num_shards: int) -> dict[str, Any]:
+def _shard(units: Sequence[Unit], config: ModelConfig, shard: int, num_shards: int, moments: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(shard)
     lengths = [slice_len(u.numel, num_shards) for u in units]
 
@@ -87,7 +92,7 @@ def _shard(units: Sequence[Unit], config: ModelConfig, shard: int, num_shards: i
         "last_optimizer_state": {
             "state": {
                 i: {"step": 1000, "exp_avg": numbers(n, torch.float32), "exp_avg_sq": numbers(n, torch.float32)}
-                for i, n in enumerate(lengths)
+                for i, n in enumerate(lengths if moments else ())
             },
             "param_groups": [],
         },
@@ -98,7 +103,7 @@ def _shard(units: Sequence[Unit], config: ModelConfig, shard: int, num_shards: i
 def run(way: str, shards: Sequence[Path], folder: Path) -> Figure:
     """Join the shards' weights once. `cp` copies what our way wrote before it, and syncs it as our way does."""
     output, before = folder / f"{way.replace(' ', '-')}.pt", folder / "ours.pt"
-    code = f"from metaseq_api.bench.files import child; child({way!r}, {list(map(str, shards))!r}, {str(output)!r})"
+    code = f"from metaseq_api.bench.reshard import child; child({way!r}, {list(map(str, shards))!r}, {str(output)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdin
@@ -169,7 +174,45 @@ def _anon(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raises: ResourceError where fewer bytes are free than the files take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := room(folder)) < needed:
+        raise ResourceError(
+            f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed: "
+            "name another --folder or a smaller --shape"
+        )
+
+
 def room(folder: Path) -> int:
     """Bytes free where the shards go."""
-    folder.mkdir(parents=True, exist_ok=True)
     return shutil.disk_usage(folder).free
+
+
+def measure(
+    folder: Path, config: ModelConfig, num_shards: int, rounds: int, say: Callable[[str], object]
+) -> dict[str, list[Figure]]:
+    """Make the shards and join them every way, in turns. Raises: ResourceError."""
+    if not any(folder.glob("*shard*.pt")):
+        check_room(folder, 17 * config.num_params)
+    shards = make_shards(folder, config, num_shards, say)
+    figures: dict[str, list[Figure]] = {way: [] for way in WAYS}
+    for turn in range(rounds):
+        for way in WAYS:
+            figures[way].append(run(way, shards, folder))
+        say(f"round {turn + 1} of {rounds} done")
+    return figures
+
+
+def table(figures: Mapping[str, Sequence[Figure]]) -> list[str]:
+    """Medians with the range, beside cp's."""
+    base = statistics.median(f.gb_per_s for f in figures["cp"])
+    lines = []
+    for way, runs in figures.items():
+        rates = [f.gb_per_s for f in runs]
+        middle = statistics.median(rates)
+        lines.append(
+            f"  {way:<9} {middle:6.2f} GB/s ({min(rates):.2f}-{max(rates):.2f})  {middle / base:5.2f} of cp  "
+            f"peak anonymous memory {max(f.peak_anon for f in runs) / 1e6:8.0f} MB"
+        )
+    return lines
