@@ -298,6 +298,8 @@ class Engine:
     def _give_up(self, ticket: Ticket) -> None:
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
         ticket.fail(MetaseqApiError("the model computed values that are not numbers for this prompt"))
+        for track in self._by_ticket[ticket]:
+            self._scheduler.discard(track.seq)
         self._drop(ticket)
 
     def _drop(self, ticket: Ticket) -> None:

@@ -10,20 +10,28 @@ from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 
 
-def seq(i: int, prompt_len: int, max_tokens: int = 10, leader: Sequence | None = None, group: int = 0) -> Sequence:
+def seq(
+    i: int, prompt_len: int, max_tokens: int = 10, leader: Sequence | None = None, group: int = 0, head: int = 0
+) -> Sequence:
+    """Its first `head` tokens are everybody's, the others its own (or its leader's)."""
     return Sequence(
         seq_id=i,
         group=group,
         prompt_len=prompt_len,
-        token_ids=list(range(prompt_len)),
+        token_ids=leader.token_ids[:prompt_len]
+        if leader
+        else [p if p < head else 1000 * (1 + i) + p for p in range(prompt_len)],
         params=SamplingParams(max_tokens=max_tokens),
         max_len=prompt_len + max_tokens,
         leader=leader,
     )
 
 
-def scheduler(*, num_blocks: int = 100, block_size: int = 4, tokens: int = 16, size: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, block_size), max_batch_tokens=tokens, max_batch_size=size)
+def scheduler(
+    *, num_blocks: int = 100, block_size: int = 4, tokens: int = 16, size: int = 8, prefix_cache: bool = True
+) -> Scheduler:
+    pool = BlockPool(num_blocks, block_size)
+    return Scheduler(pool, max_batch_tokens=tokens, max_batch_size=size, prefix_cache=prefix_cache)
 
 
 def run(s: Scheduler) -> Step:
