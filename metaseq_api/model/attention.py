@@ -2,10 +2,10 @@
 
 A prompt's tokens attend by torch's fused kernel. Sequences that feed a single token (all that decode) are done together
 in matrix products over *blocks*, which read the cache where it lies: each block is multiplied by its owner's query (by
-those of all its owners, where sequences share a head), the scores are put back in each sequence's order for the softmax,
-and the weighted values are summed by owner. Against
-gathering the cache first this took 0.99 ms instead of 7.2 (bf16) and 1.4 instead of 5.0 (fp32) for 32 sequences of 256
-tokens, 12 heads of 64 (2026-11-20, two cores of an EPYC Zen 5).
+those of all its owners, where sequences share a head), the scores are put back in each sequence's order for the
+softmax, and the weighted values are summed by owner. Against gathering the cache first this took 0.99 ms instead of 7.2
+(bf16) and 1.4 instead of 5.0 (fp32) for 32 sequences of 256 tokens, 12 heads of 64 (2026-11-20, two cores of an EPYC
+Zen 5).
 
 Knows the Batch and the cache's layout. Does not know the model.
 
@@ -26,9 +26,9 @@ from torch import Tensor
 from metaseq_api.core import Batch, BatchItem
 from metaseq_api.model.cache import KVCache
 
-WASTE = 2
-"""In place, the product runs over a range of the pool; where fewer than 1 in WASTE blocks of it are wanted, they are
-copied together first."""
+WASTE, RANGES, GAP = 2, 8, 8
+"""In place, products run over ranges of the pool, at most RANGES of them, cut where at least GAP blocks lie between;
+where fewer than 1 in WASTE blocks of these is wanted, they are copied together first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Blocks with equally many owners, up to the next power of two: one matrix product."""
+    """Blocks close together with equally many owners, up to the next power of two: one matrix product."""
 
     first: int
     last: int
@@ -163,18 +163,28 @@ def _plan_rows(entries: np.ndarray, owners: np.ndarray, device: torch.device) ->
     padded = 1 << np.ceil(np.log2(nums)).astype(np.int64)
     at, total, rows = np.empty_like(entries), 0, []
     for width in np.unique(padded).tolist():
-        mine, wanted = padded[index] == width, blocks[padded == width]
-        first, last = int(wanted[0]), int(wanted[-1]) + 1
-        in_place = last - first <= WASTE * len(wanted)
-        row = entries[mine] - first if in_place else np.searchsorted(wanted, entries[mine])
-        owner = np.zeros((last - first if in_place else len(wanted), width), np.int64)
-        owner[row, nth[mine]] = owners[mine]
-        at[mine] = total + row * width + nth[mine]
-        total += owner.size
-        gather = None if in_place else torch.from_numpy(wanted).to(device, non_blocking=True)
-        owner_RM = torch.from_numpy(owner).to(device, non_blocking=True)
-        rows.append(Rows(first=first, last=last, gather_R=gather, owner_RM=owner_RM))
+        for wanted, in_place in _pieces(blocks[padded == width]):
+            first, last = int(wanted[0]), int(wanted[-1]) + 1
+            mine = (padded[index] == width) & (entries >= first) & (entries < last)
+            row = entries[mine] - first if in_place else np.searchsorted(wanted, entries[mine])
+            owner = np.zeros((last - first if in_place else len(wanted), width), np.int64)
+            owner[row, nth[mine]] = owners[mine]
+            at[mine] = total + row * width + nth[mine]
+            total += owner.size
+            gather = None if in_place else torch.from_numpy(wanted).to(device, non_blocking=True)
+            owner_RM = torch.from_numpy(owner).to(device, non_blocking=True)
+            rows.append(Rows(first=first, last=last, gather_R=gather, owner_RM=owner_RM))
     return tuple(rows), at
+
+
+def _pieces(blocks: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+    """Sorted blocks cut at their widest gaps into ranges to be read in place; in one piece where that wastes much."""
+    gaps = np.diff(blocks) - 1
+    cuts = np.argsort(-gaps, kind="stable")[: RANGES - 1]
+    cuts = cuts[gaps[cuts] >= GAP]
+    if blocks[-1] - blocks[0] + 1 - gaps[cuts].sum() > WASTE * len(blocks):
+        return [(blocks, False)]
+    return [(piece, True) for piece in np.split(blocks, np.sort(cuts) + 1)]
 
 
 def attend(
