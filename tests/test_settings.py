@@ -75,6 +75,8 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("MODEL_PARALLEL = True", "MODEL_PARALLEL is True; it must be a whole number"),
         ("MODEL_PARALLEL = 8\nTOTAL_WORLD_SIZE = 16", "TOTAL_WORLD_SIZE is 16 but MODEL_PARALLEL is 8"),
         ("DTYPE = 'float16'", "DTYPE is 'float16'; it must be one of fp32, fp16, bf16"),
+        ("PREFIX_CACHE = 1", "PREFIX_CACHE is 1; it must be True or False"),
+        ("CACHE_SIZE = -1", "CACHE_SIZE is -1; it must be a whole number from 0"),
         ("raise RuntimeError('edit me')", "RuntimeError: edit me"),
         ("x = (", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
