@@ -239,4 +239,10 @@ def load(
         if value is not None:
             values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
     values["demo"] = "checkpoint" not in values
-    return dataclasses.replace(Settings(), **values), remarks
+    chosen = dataclasses.replace(Settings(), **values)
+    if chosen.cache_list_size and not chosen.cache_size:
+        raise SettingsError(
+            f"CACHE_LIST_SIZE (--cache-list-size) is {chosen.cache_list_size}, but no answers are kept at all; "
+            "set CACHE_SIZE (--cache-size) too"
+        )
+    return chosen, remarks

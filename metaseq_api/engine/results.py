@@ -1,9 +1,9 @@
 """Finished answers, given again to whoever asks the same: off unless asked for.
 
-An answer's key is everything that decides it: the prompts' ids and every field of SamplingParams; not who asked, nor the
-request's id, which the server takes from the new request. Only what is certain (greedy, seeded, or nothing to sample) is
-answered from here, unless a number of different answers to keep is given: then a random request is answered with one of
-them, drawn anew, from the time that so many are there. Source: EnergonAI's cache_size and cache_list_size
+An answer's key is everything that decides it: the prompts' ids and every field of SamplingParams; not who asked, nor
+the request's id, which the server takes from the new request. Only what is certain (greedy, seeded, or nothing to
+sample) is answered from here, unless a number of different answers to keep is given: then a random request is answered
+with one of them, drawn anew, from the time that so many are there. Source: EnergonAI's cache_size and cache_list_size
 (examples/opt/cache.py), whose key had no sampling fields.
 
 Knows requests and completions. Does not know how they are computed.

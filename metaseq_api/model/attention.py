@@ -233,7 +233,7 @@ def _attend_decode(q_BHD: Tensor, keys_PHSD: Tensor, values_PHSD: Tensor, d: Dec
     p_BHNS = s_BHNS.flatten(2).softmax(-1).view(s_BHNS.shape).to(q_BHD.dtype)
     p_QHS = p_BHNS.transpose(1, 2).reshape(-1, heads, size).index_select(0, d.entry_slot_Q)
     p_RHS = p_QHS.new_zeros(s_RHS.shape).index_copy_(0, d.entry_row_Q, p_QHS)
-    parts = p_RHS.split([r.owner_RM.numel() for r in d.rows])
+    parts = torch.split(p_RHS, [r.owner_RM.numel() for r in d.rows])
     o_RX = _joined([_weighted(p, r.of(values_PHSD)) for p, r in zip(parts, d.rows, strict=True)])
     o_QX = o_RX.index_select(0, d.entry_row_Q).float()
     out = torch.zeros(num, heads * width, dtype=torch.float32, device=q_BHD.device)

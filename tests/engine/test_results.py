@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,11 @@ def test_the_engine_computes_a_repeated_question_once(tmp_path: Path) -> None:
 def test_a_known_answer_is_given_also_when_the_queue_is_full(tmp_path: Path) -> None:
     with running_engine(tmp_path, results=ResultCache(8), max_queue=1) as engine:
         want = ask(engine, [5, 6, 7], temperature=0)
+        original, gate = engine._worker.run, threading.Event()
+        engine._worker.run = lambda batch: gate.wait(30) and original(batch)  # type: ignore[method-assign, assignment, return-value]
         waiting = engine.submit(request(params=SamplingParams(max_tokens=80, ignore_eos=True)))
         assert ask(engine, [5, 6, 7], temperature=0) == want
         with pytest.raises(Overloaded):
             ask(engine, [5, 6, 8], temperature=0)
+        gate.set()
         waiting.result(30)
