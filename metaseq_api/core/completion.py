@@ -45,7 +45,7 @@ class Completion:
 
     num_prompt_tokens leaves out the </s> that the engine puts in front; num_tokens counts what was generated.
     mean_logprob: what best_of ranks by; over the generated tokens and the </s> that ended them, so that an empty text
-    is judged too. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client sent in front itself.
+    is judged too. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client itself sent.
     """
 
     prompt_index: int
