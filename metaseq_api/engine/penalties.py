@@ -83,16 +83,6 @@ class Adjustment:
         self.generated.add(token_id)
 
 
-@dataclass(frozen=True, slots=True)
-class _Touched:
-    """Every token that one kind of adjustment touches, rows one after the other. Shapes: all [N]."""
-
-    rows_N: Tensor
-    ids_N: Tensor
-    values_N: Tensor
-    factors_N: tuple[Tensor, ...]
-
-
 def adjust(scores_RV: Tensor, given: Seq[tuple[int, Adjustment, float]]) -> None:
     """Bias and penalise, in place, the rows that ask for it. given: (row, its Adjustment, the temperature that its
     scores are already divided by).
@@ -104,10 +94,11 @@ def adjust(scores_RV: Tensor, given: Seq[tuple[int, Adjustment, float]]) -> None
     _subtract(scores_RV, [(i, a.bias, -1 / heat, 0.0) for i, a, heat in given])
     repeated = [(i, a, a.params.repetition_penalty) for i, a, _ in given if a.params.repetition_penalty != 1]
     both = [(i, tally, (by,)) for i, a, by in repeated for tally in (a.prompt, a.generated)]
-    if (at := _touched(both, scores_RV.device)) is not None:
-        logits_N, (by_N,) = scores_RV[at.rows_N, at.ids_N], at.factors_N
+    if (touched := _touched(both, scores_RV)) is not None:
+        flat, at_N, _, (by_N,) = touched
+        logits_N = flat.gather(0, at_N)
         # a token of prompt and generated text stands here twice, with one and the same result
-        scores_RV[at.rows_N, at.ids_N] = torch.where(logits_N > 0, logits_N / by_N, logits_N * by_N)
+        flat.scatter_(0, at_N, torch.where(logits_N > 0, logits_N / by_N, logits_N * by_N))
     generated, source = [], []
     for i, a, heat in given:
         p = a.params
@@ -121,20 +112,23 @@ def adjust(scores_RV: Tensor, given: Seq[tuple[int, Adjustment, float]]) -> None
 def _subtract(scores_RV: Tensor, given: Seq[tuple[int, Tally, float, float]]) -> None:
     """Take value * each + once from every token of a tally. given: (row, tally, each, once)."""
     wanted = [(i, tally, (each, once)) for i, tally, each, once in given if each or once]
-    if (at := _touched(wanted, scores_RV.device)) is not None:
-        each_N, once_N = at.factors_N
-        scores_RV[at.rows_N, at.ids_N] -= at.values_N * each_N + once_N
+    if (touched := _touched(wanted, scores_RV)) is not None:
+        flat, at_N, values_N, (each_N, once_N) = touched
+        flat.scatter_add_(0, at_N, -(values_N * each_N + once_N))
 
 
-def _touched(given: Seq[tuple[int, Tally, tuple[float, ...]]], device: torch.device) -> _Touched | None:
+def _touched(
+    given: Seq[tuple[int, Tally, tuple[float, ...]]], scores_RV: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
+    """The scores as one line, where in it the tallies' tokens stand, the tallies' values, and each row's factors.
+    Shapes: -> [R * V], [N], [N], [N] each."""
     given = [g for g in given if len(g[1])]
     if not given:
         return None
     ids, values = zip(*(tally.views() for _, tally, _ in given), strict=True)
     lengths = torch.tensor([len(tally) for _, tally, _ in given])
-    spread = [
-        torch.tensor(column).repeat_interleave(lengths).to(device)
-        for column in zip(*(g[2] for g in given), strict=True)
-    ]
     rows_N = torch.tensor([i for i, _, _ in given]).repeat_interleave(lengths)
-    return _Touched(rows_N.to(device), torch.cat(ids).to(device), torch.cat(values).to(device), tuple(spread))
+    at_N = torch.cat(ids) + rows_N * scores_RV.shape[1]
+    factors = [torch.tensor(column).repeat_interleave(lengths) for column in zip(*(g[2] for g in given), strict=True)]
+    device = scores_RV.device
+    return scores_RV.view(-1), at_N.to(device), torch.cat(values).to(device), [f.to(device) for f in factors]

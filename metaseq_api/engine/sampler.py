@@ -62,7 +62,7 @@ class Sampler:
         """Choose a token for each row; None for a row whose logits are not numbers."""
         heat = [_heat(r.params) for r in rows]
         raw_RV = _tempered(logits_RV, heat)
-        scores_RV = raw_RV[:, : self._num_tokens].clone()
+        scores_RV = raw_RV[:, : self._num_tokens].clone(memory_format=torch.contiguous_format)
         if adjusted := [(i, r.adjustment, heat[i]) for i, r in enumerate(rows) if r.adjustment is not None]:
             adjust(scores_RV, adjusted)
         scores_RV[:, self._banned] = -torch.inf

@@ -123,6 +123,9 @@ def test_each_row_is_adjusted_by_its_own_alone() -> None:
     assert sampler.sample(values, rows) == alone
     plain = sampler.sample(values, [Row(params=r.params, uniform=r.uniform, top_p=r.top_p) for r in rows])
     assert plain != alone
+    whole = Sampler(num_tokens=VOCAB, banned=[1])
+    turned = values.t().contiguous().t()  # the same numbers, lying otherwise
+    assert whole.sample(turned, rows) == whole.sample(values, rows)
 
 
 def test_log_probabilities_stay_the_models_own() -> None:
