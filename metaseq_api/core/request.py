@@ -115,10 +115,13 @@ class SamplingParams:
             _check(0 < len(s) <= MAX_STOP_LEN, "stop", s, f"strings of 1 to {MAX_STOP_LEN} characters")
         num = len(self.stop_token_ids)
         _check(num <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{num} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        low = min((*self.stop_token_ids, 0))
+        _check(low >= 0, "stop_token_ids", low, "token ids, 0 or more")
         num = len(self.logit_bias)
         _check(num <= MAX_LOGIT_BIAS, "logit_bias", f"{num} tokens", f"at most {MAX_LOGIT_BIAS} tokens")
         _check(len(dict(self.logit_bias)) == num, "logit_bias", f"{num} tokens", "one bias for each token")
         for token_id, bias in self.logit_bias:
+            _check(token_id >= 0, "logit_bias", token_id, "for token ids, 0 or more")
             _check(-100 <= bias <= 100, "logit_bias", bias, f"between -100 and 100 (token {token_id})")
 
     @property

@@ -10,6 +10,7 @@ Shapes: R rows, V vocabulary, N tokens of all rows that are touched.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -24,10 +25,9 @@ class Tally:
     """Token ids, each with a number: a count, or a bias. Takes one more token at a constant cost."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
-        self._at: dict[int, int] = {}
-        self._ids, self._values = array("q"), array("f")
-        for token_id in ids:
-            self.add(token_id)
+        counted = Counter(ids)
+        self._at = {token_id: at for at, token_id in enumerate(counted)}
+        self._ids, self._values = array("q", counted), array("f", counted.values())
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -41,10 +41,11 @@ class Track:
     """By position in the sequence; the first sample of a prompt keeps them for all."""
     ended_by_stop: bool = False
     reason: FinishReason | None = None
-    adjustment: Adjustment | None = field(init=False)
+    adjustment: Adjustment | None = field(init=False, default=None)
     decaying: DecayingTopP | None = field(init=False, default=None)
 
-    def __post_init__(self) -> None:
+    def _begin(self) -> None:
+        """Make what follows the sequence's own tokens; not before its turn comes, for thousands may wait."""
         p = self.seq.params
         self.adjustment = Adjustment.of(p, self.seq.token_ids, self.tokenizer.vocab_size)
         if p.lambda_decay and not p.greedy:
@@ -54,6 +55,8 @@ class Track:
     def row(self) -> Row:
         """What the sampler must know for the next token."""
         p = self.seq.params
+        if self.seq.num_generated == 0:
+            self._begin()
         forbidden: tuple[int, ...] = ()
         if self.seq.num_generated < p.min_tokens:
             forbidden = (EOS_ID, *(t for t in p.stop_token_ids if t < self.tokenizer.vocab_size))
@@ -94,6 +97,7 @@ class Track:
         """Put together what goes back; `leader` is the first sample of the same prompt (perhaps this one)."""
         assert self.reason is not None
         p, tok = self.seq.params, self.tokenizer
+        self.adjustment = None  # other samples may be long in coming
         prompt_ids = self.seq.token_ids[self.num_added : self.seq.prompt_len]
         if not self.ended_by_stop:
             self.stop.push(self.decoder.finish(), check=False)

@@ -20,6 +20,8 @@ from metaseq_api.settings import Settings
 
 MAX_PROMPTS = 1024
 MAX_USER_LEN = 256
+MAX_SCORES = 1 << 23
+"""Log-probabilities in one answer: those of 16 samples of 2048 tokens with all the alternatives there may be, twice."""
 MAX_MESSAGE_LEN = 1000
 MIN_LOGPROB = -9999.0
 """What -inf and NaN become, as OpenAI's and vLLM's answers have it: JSON has neither."""
@@ -260,6 +262,15 @@ def _check_size(prompts: Seq[Seq[int]], p: SamplingParams, settings: Settings) -
             f"{len(prompts)} prompts with {samples} samples each are more than the {settings.max_queue} sequences "
             "this server queues; send fewer at once",
             param="prompt",
+        )
+    once = (p.prompt_logprobs or 0) + 1 if p.prompt_logprobs is not None else 0
+    each = (p.logprobs or 0) + 1 if p.logprobs is not None else 0
+    num = p.n * sum(len(ids) * (once + each * p.echo) + p.max_tokens * each for ids in prompts)
+    if num > MAX_SCORES:
+        raise RequestError(
+            f"up to {num} log-probabilities are asked for; one answer holds at most {MAX_SCORES}: "
+            "send fewer prompts at once, or ask for fewer alternatives",
+            param="prompt_logprobs" if once else "logprobs",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.hf_opt import logits
 
 from metaseq_api.core import FinishReason, Request, SamplingParams
 from metaseq_api.engine.engine import Engine
+from metaseq_api.errors import RequestError
 
 
 @pytest.fixture
@@ -61,11 +63,11 @@ def load(num: int) -> list[Request]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_batch_tokens": 7}, {"num_blocks": 14, "max_batch_tokens": 20}, {"max_batch_size": 3}],
-    ids=["roomy", "small chunks", "full pool", "few at once"],
+    [{}, {"num_blocks": 14, "max_batch_tokens": 20}, {"max_batch_size": 5, "max_batch_tokens": 7}],
+    ids=["roomy", "full pool", "few at once in small chunks"],
 )
 def test_the_same_seed_gives_the_same_text_whatever_else_runs(tmp_path: Path, options: dict[str, int]) -> None:
-    requests = load(3 * len(FIELDS))
+    requests = load(2 * len(FIELDS))
     with running_engine(tmp_path) as quiet:
         want = [[(c.token_ids, c.finish_reason) for c in quiet.submit(r).result(30)] for r in requests]
     order = list(range(len(requests)))
@@ -86,6 +88,59 @@ def test_samples_of_one_seed_differ_and_the_first_of_them_are_those_of_a_smaller
     assert [c.token_ids for c in many[:2]] == [c.token_ids for c in few]
     assert len({c.token_ids for c in many}) == 5
     assert ask(engine, prompt(9), seed=12, max_tokens=20, ignore_eos=True) != few[:1]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop_token_ids": (5, -1)},
+        {"logit_bias": ((-1, 0.0),)},
+        {"logit_bias": ((5, 1.0), (5, 2.0))},
+        {"min_p": math.nan},
+        {"presence_penalty": math.inf},
+        {"alpha_src_penalty_end_idx": 0},
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_field_whoever_asks(params: dict[str, object]) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**params)  # type: ignore[arg-type]
+    assert caught.value.param == next(iter(params))
+
+
+EXTREMES: dict[str, tuple[object, ...]] = {
+    "temperature": (0, 1e-300, 1e-6, 0.7, 1.0, 100.0),
+    "top_p": (1.0, 1e-300, 0.5, 0.999999),
+    "top_k": (None, None, 1, 2, 262, 272, 10**9),
+    "min_p": (0, 1e-300, 0.5, 1.0),
+    "repetition_penalty": (1, 0.01, 100.0),
+    "presence_penalty": (0, -2, 2),
+    "frequency_penalty": (0, -2, 2),
+    "alpha_presence": (0, 100, 1),
+    "alpha_frequency": (0, 100, 1),
+    "alpha_presence_src": (0, 100, 1),
+    "alpha_frequency_src": (0, 100, 1),
+    "alpha_src_penalty_end_idx": (None, 1, 10**6),
+    "lambda_decay": (None, 1e-300, 0.5, 1.0),
+    "omega_bound": (0, 0.3, 1),
+    "logit_bias": ((), ((2, 100.0), (271, 100.0)), tuple((i, -100.0) for i in range(272)), ((1, 100.0),)),
+    "stop_token_ids": ((), (2,), tuple(range(100, 228)), (271, 10**6)),
+    "ignore_eos": (False, True),
+    "min_tokens": (0, 6),
+    "logprobs": (None, 0, 100),
+    "prompt_logprobs": (None, None, 100),
+    "n": (1, 2),
+}
+
+
+def test_no_combination_of_fields_is_too_much_for_the_numbers(engine: Engine) -> None:
+    r = random.Random(6)
+    tickets = []
+    for i in range(150):
+        params = {name: r.choice(values) for name, values in EXTREMES.items()}
+        tickets.append(engine.submit(request(prompt(r.randrange(1, 20), i), max_tokens=6, seed=i, **params)))
+    for ticket in tickets:
+        for completion in ticket.result(60):
+            assert all(0 <= t < 263 and t != 1 for t in completion.token_ids)
 
 
 def test_an_engine_penalises_what_each_sample_generated_itself(engine: Engine) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +162,12 @@ def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
     assert set(WRONG_TYPES) == schema._COMPLETION_FIELDS - {"prompt"}
 
 
+def test_the_page_on_fields_has_a_row_for_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema._COMPLETION_FIELDS
+
+
 def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: FakeEngine, settings: Settings) -> None:
     for name, neutral in schema._NEUTRAL.items():
         for value in neutral:
@@ -308,6 +316,19 @@ def test_a_prompt_too_long_by_itself_is_named_with_its_place(engine: FakeEngine,
     )
     assert parse({"prompt": "x" * 63, "max_tokens": 0, "echo": True}, engine, settings)
     assert refusal({"prompt": "x" * 64, "max_tokens": 0, "echo": True}, engine, settings).param == "prompt"
+
+
+def test_an_answer_of_too_many_log_probabilities_is_refused(settings: Settings) -> None:
+    engine = FakeEngine(max_seq_len=2048)
+    big = dataclasses.replace(settings, max_beam=16, max_queue=4096)
+    one = {"prompt": [5] * 2000, "max_tokens": 40, "n": 16, "echo": True, "logprobs": 100, "prompt_logprobs": 100}
+    assert parse(one, engine, big)
+    many = {"prompt": [[5] * 2000] * 128, "max_tokens": 0, "echo": True, "logprobs": 40}
+    error = refusal(many, engine, big)
+    assert error.param == "logprobs"
+    assert "up to 10496000 log-probabilities are asked for" in str(error)
+    assert refusal({**many, "prompt_logprobs": 1}, engine, big).param == "prompt_logprobs"
+    assert parse({**many, "logprobs": 1}, engine, big)
 
 
 def test_more_samples_than_the_operator_allows_are_refused_with_the_bound(
