@@ -31,3 +31,6 @@ CACHE_SIZE = 0
 """Whole answers kept for requests that are asked again and whose answer is certain (greedy, or with a seed)."""
 CACHE_LIST_SIZE = 0
 """How many different answers of a request that draws at random are kept, before one of these is given. 0: none."""
+
+METASEQ_COMPAT = False
+"""Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""

@@ -123,7 +123,13 @@ class _Front:
         request = schema.parse_completion(_read_json(), self.engine, self.settings, f"cmpl-{self.new_id()}")
         completions = self._complete(request)
         created = int(self.clock())
-        answer = schema.render_completion(request, completions, model=self.engine.model_name, created=created)
+        answer = schema.render_completion(
+            request,
+            completions,
+            model=self.engine.model_name,
+            created=created,
+            metaseq_compat=self.settings.metaseq_compat,
+        )
         return _json(answer)
 
     def generate(self) -> Response:
