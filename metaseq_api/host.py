@@ -156,22 +156,7 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
     from metaseq_api.server.app import create_app
     from metaseq_api.server.run import Server
 
-    cache = worker.cache
-    engine = Engine(
-        worker=worker,
-        channel=channel,
-        scheduler=Scheduler(
-            BlockPool(cache.num_blocks, cache.block_size),
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_size=settings.max_batch_size,
-            prefix_cache=settings.prefix_cache,
-        ),
-        tokenizer=ready.tokenizer,
-        limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
-        model_name=_model_name(settings),
-        heartbeat_s=settings.timeout_s / 3,
-        results=ResultCache(settings.cache_size, settings.cache_list_size) if settings.cache_size else None,
-    )
+    engine = make_engine(settings, ready, worker, channel)
     server = Server(create_app(engine, settings), sock)
 
     def end() -> None:
@@ -192,6 +177,26 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
         raise RankFailed("the engine failed; its stack is in the log above")
     ending.join()
     return 0
+
+
+def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:
+    """Rank 0's engine, not yet running."""
+    cache = worker.cache
+    return Engine(
+        worker=worker,
+        channel=channel,
+        scheduler=Scheduler(
+            BlockPool(cache.num_blocks, cache.block_size),
+            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_size=settings.max_batch_size,
+            prefix_cache=settings.prefix_cache,
+        ),
+        tokenizer=ready.tokenizer,
+        limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
+        model_name=_model_name(settings),
+        heartbeat_s=settings.timeout_s / 3,
+        results=ResultCache(settings.cache_size, settings.cache_list_size) if settings.cache_size else None,
+    )
 
 
 def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket) -> None:

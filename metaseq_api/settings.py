@@ -140,12 +140,6 @@ def _text(v: Any) -> str:
     return v
 
 
-def _bool(v: Any) -> bool:
-    if not isinstance(v, bool):
-        raise TypeError("True or False")
-    return v
-
-
 def _seconds(v: Any) -> float:
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 1 <= v <= 86400:
         raise TypeError("seconds from 1 to 86400")

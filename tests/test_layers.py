@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug"}),
     "bench": (
-        LOW | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine"},
+        LOW | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"},
         {"torch", "transformers"},
     ),
     "launch": (LOW, {"submitit"}),

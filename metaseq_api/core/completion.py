@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 
 class FinishReason(str, Enum):
@@ -27,6 +29,27 @@ class TokenLogprobs:
     token_logprobs: tuple[float | None, ...]
     top_logprobs: tuple[dict[str, float] | None, ...] | None
     text_offset: tuple[int, ...]
+
+    @staticmethod
+    def joined(lists: Seq[TokenLogprobs]) -> TokenLogprobs:
+        """Those of one text after another, of which there is at least one."""
+        tops = [x.top_logprobs for x in lists if x.top_logprobs is not None]
+        return TokenLogprobs(
+            tokens=tuple(chain.from_iterable(x.tokens for x in lists)),
+            token_logprobs=tuple(chain.from_iterable(x.token_logprobs for x in lists)),
+            top_logprobs=tuple(chain.from_iterable(tops)) if tops else None,
+            text_offset=tuple(chain.from_iterable(x.text_offset for x in lists)),
+        )
+
+    def after(self, num: int) -> TokenLogprobs:
+        """The lists without their first `num` entries."""
+        top = self.top_logprobs
+        return TokenLogprobs(
+            tokens=self.tokens[num:],
+            token_logprobs=self.token_logprobs[num:],
+            top_logprobs=None if top is None else top[num:],
+            text_offset=self.text_offset[num:],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +81,31 @@ class Completion:
     logprobs: TokenLogprobs | None = None
     mean_logprob: float = 0.0
     prompt_logprobs: tuple[dict[int, RankedToken] | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What was added to one sample of a streamed request; all of them, joined in order, are its Completion.
+
+    `text` is final: no stop string can take it back, no character in it is unfinished. num_tokens counts the generated
+    tokens it stands for; these may come before their text. finish_reason is that of the sample's last delta alone.
+    """
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+    @staticmethod
+    def of(completion: Completion) -> Delta:
+        """The whole of a sample in one."""
+        return Delta(
+            prompt_index=completion.prompt_index,
+            sample_index=completion.sample_index,
+            text=completion.text,
+            num_tokens=completion.num_tokens,
+            finish_reason=completion.finish_reason,
+            logprobs=completion.logprobs,
+        )

@@ -13,6 +13,7 @@ from metaseq_api.core import Completion, FinishReason, RankedToken, Sequence, To
 from metaseq_api.engine.nucleus import SENTENCE_ENDS, DecayingTopP
 from metaseq_api.engine.penalties import Adjustment
 from metaseq_api.engine.sampler import Row, Scored
+from metaseq_api.engine.teller import Teller
 from metaseq_api.scheduling.stopping import StopChecker
 from metaseq_api.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
@@ -43,6 +44,13 @@ class Track:
     reason: FinishReason | None = None
     adjustment: Adjustment | None = field(init=False, default=None)
     decaying: DecayingTopP | None = field(init=False, default=None)
+    teller: Teller | None = None
+    """Of a streamed request."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt as the client sent it."""
+        return self.seq.token_ids[self.num_added : self.seq.prompt_len]
 
     def _begin(self) -> None:
         """Make what follows the sequence's own tokens; not before its turn comes, for thousands may wait."""
@@ -98,7 +106,7 @@ class Track:
         assert self.reason is not None
         p, tok = self.seq.params, self.tokenizer
         self.adjustment = None  # other samples may be long in coming
-        prompt_ids = self.seq.token_ids[self.num_added : self.seq.prompt_len]
+        prompt_ids = self.prompt_ids
         if not self.ended_by_stop:
             self.stop.push(self.decoder.finish(), check=False)
         text = self.stop.text
@@ -122,7 +130,7 @@ class Track:
             finish_reason=self.reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=len(self.scored),
-            logprobs=self._logprobs(leader, prompt_ids, len(ids), offsets) if p.logprobs is not None else None,
+            logprobs=self._logprobs(leader, len(ids), offsets) if p.logprobs is not None else None,
             mean_logprob=sum(drawn) / len(drawn) if drawn else 0.0,
             prompt_logprobs=None if p.prompt_logprobs is None else self._prompt_logprobs(leader, p.prompt_logprobs),
         )
@@ -139,18 +147,24 @@ class Track:
             entries.append(top | {s.token_id: RankedToken(text(s.token_id), s.logprob, s.rank)})
         return tuple(entries)
 
-    def _logprobs(self, leader: Track, prompt_ids: list[int], kept: int, offsets: list[int]) -> TokenLogprobs:
-        """The lists of the kept tokens; with echo the prompt's before them.
-
-        The first prompt token has a value too, being conditioned on the </s> in front; only a </s> that the client
-        sent itself has none.
-        """
-        rows: list[Scored] = self.scored[:kept]
+    def _logprobs(self, leader: Track, kept: int, offsets: list[int]) -> TokenLogprobs:
+        """The lists of the kept tokens; with echo the prompt's before them."""
+        rows = self.scored[:kept]
         if self.seq.params.echo:
-            first = [] if self.num_added else [Scored(token_id=prompt_ids[0], logprob=None)]
-            rows = [*first, *(leader.prompt_scored[i] for i in range(1, self.seq.prompt_len)), *rows]
-        else:
-            offsets = offsets[len(prompt_ids) :]
+            return self.lists(self.prompt_rows(leader) + rows, offsets)
+        return self.lists(rows, offsets[len(self.prompt_ids) :])
+
+    def prompt_rows(self, leader: Track) -> list[Scored]:
+        """The prompt's tokens, scored.
+
+        The first one has a value too, being conditioned on the </s> in front; only a </s> that the client sent itself
+        has none.
+        """
+        first = [] if self.num_added else [Scored(token_id=self.prompt_ids[0], logprob=None)]
+        return [*first, *(leader.prompt_scored[i] for i in range(1, self.seq.prompt_len))]
+
+    def lists(self, rows: list[Scored], offsets: list[int]) -> TokenLogprobs:
+        """Scored tokens and where they begin, as they go back."""
         text = self.tokenizer.token_text
         tops = None
         if self.seq.params.logprobs:

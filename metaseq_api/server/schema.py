@@ -31,12 +31,11 @@ PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an arra
 
 # Fields of this API's family that are not offered yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "stream_options": (),
     "timeout_ms": (),
     "priority": (0,),
 }
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *params.READERS, *_NEUTRAL})
+_STREAM_FIELDS = ("stream", "stream_options")
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *params.READERS, *_NEUTRAL})
 _GENERATE_FIELDS = frozenset({"prefix", "length", *params.OF_ONE_SAMPLE})
 
 
@@ -61,7 +60,25 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     for i, ids in enumerate(prompts):
         where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
         _check_fits(ids, p.max_tokens, engine.max_seq_len, where, "max_tokens")
-    return Request(request_id=request_id, prompts=prompts, params=p, user=user)
+    wants_usage(body)  # refused here like every other field
+    stream = _read_flag("stream", body.get("stream"))
+    if stream and p.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs are not streamed; ask for them without stream", param="prompt_logprobs")
+    return Request(request_id=request_id, prompts=prompts, params=p, user=user, stream=stream)
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with its usage: `stream_options` {"include_usage": true}. Raises: RequestError."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise fields.wrong("stream_options", options, 'an object such as {"include_usage": true}')
+    if not body.get("stream"):
+        raise RequestError("stream_options is for streams; send it with stream true", param="stream_options")
+    if other := next((name for name in options if name != "include_usage"), None):
+        raise fields.wrong("stream_options", other[:40], "an object with include_usage alone")
+    return _read_flag("stream_options", options.get("include_usage"))
 
 
 def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: str) -> Request:
@@ -110,11 +127,7 @@ def render_completion(
         "created": created,
         "model": model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "usage": render_usage(prompt_tokens, completion_tokens),
     }
 
 
@@ -122,7 +135,7 @@ def render_generate(prefix: str, completion: Completion) -> dict[str, Any]:
     """The answer of /generate; offsets count from the start of `text`, which has no prompt in front."""
     logprobs = completion.logprobs
     assert logprobs is not None, "parse_generate always asks for them"
-    wire = _render_logprobs(logprobs)
+    wire = render_logprobs(logprobs)
     first = logprobs.text_offset[0] if logprobs.text_offset else 0
     return {
         "text": completion.text,
@@ -153,7 +166,7 @@ def _render_choice(index: int, c: Completion) -> dict[str, Any]:
     choice = {
         "index": index,
         "text": c.text,
-        "logprobs": None if c.logprobs is None else _render_logprobs(c.logprobs),
+        "logprobs": None if c.logprobs is None else render_logprobs(c.logprobs),
         "finish_reason": c.finish_reason.value,
     }
     if c.prompt_logprobs is not None:
@@ -169,7 +182,17 @@ def _render_ranked(tokens: Mapping[int, RankedToken]) -> dict[str, Any]:
     }
 
 
-def _render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
+def render_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """What was read and what was generated. Units: tokens."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
+    """The four lists."""
     top = logprobs.top_logprobs
     return {
         "tokens": list(logprobs.tokens),
@@ -203,6 +226,10 @@ def _refuse_suffix(value: Any) -> None:
             param="suffix",
             code="unsupported_field",
         )
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    return value is not None and fields.flag(name, value)
 
 
 def _read_user(value: Any) -> str | None:

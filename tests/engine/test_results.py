@@ -15,7 +15,20 @@ from metaseq_api.engine.results import ResultCache
 from metaseq_api.errors import Overloaded
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-OTHER: dict[str, object] = {"stop": ("x",), "top_k": 3, "seed": 9, "best_of": 4, "logprobs": 1}
+OTHER: dict[str, object] = {
+    "stop": ("x",),
+    "top_k": 3,
+    "seed": 9,
+    "best_of": 4,
+    "logprobs": 1,
+    "stop_token_ids": (5,),
+    "logit_bias": ((5, 1.0),),
+    "prompt_logprobs": 1,
+    "repetition_penalty": 1.5,
+    "alpha_src_penalty_end_idx": 3,
+    "lambda_decay": 0.9,
+    "omega_bound": 0.5,
+}
 
 
 def request(prompt: tuple[int, ...] = (5, 6), params: SamplingParams = GREEDY, name: str = "a") -> Request:
@@ -119,3 +132,14 @@ def test_a_known_answer_is_given_also_when_the_queue_is_full(tmp_path: Path) -> 
             ask(engine, [5, 6, 8], temperature=0)
         gate.set()
         waiting.result(30)
+
+
+def test_a_known_answer_is_streamed_whole(tmp_path: Path) -> None:
+    with running_engine(tmp_path, results=ResultCache(8)) as engine:
+        params = SamplingParams(temperature=0, max_tokens=8, n=2, logprobs=1, echo=True)
+        want = engine.submit(request(params=params)).result(30)
+        streamed = engine.submit(dataclasses.replace(request(params=params), stream=True))
+        deltas = list(streamed.events())
+        assert [d.text for d in deltas] == [c.text for c in want]
+        assert [d.logprobs for d in deltas] == [c.logprobs for c in want]
+        assert streamed.result(0) == want

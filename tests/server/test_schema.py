@@ -107,7 +107,7 @@ WRONG_TYPES = {
     "ignore_eos": ["false", 0, {}],
     "model": [7, True, ["fake"], "\ud800"],
     "user": [7, {}, "x" * 257],
-    "stream": [True, "false", 1, 0],
+    "stream": ["false", 1, 0],
     "omega_bound": ["0.3", True, 1e999, -0.1, 1.1],
     "suffix": ["end", 0, False, []],
     "logit_bias": [
@@ -138,7 +138,7 @@ WRONG_TYPES = {
     "alpha_presence_src": ["1", {}, 1e9, -1],
     "alpha_frequency_src": ["1", [], -1e9, -0.1],
     "alpha_src_penalty_end_idx": ["3", 2.5, True],
-    "stream_options": [{"include_usage": True}],
+    "stream_options": [[], "x", True],
     "repetition_penalty": ["1", True, 0, -1, 101],
     "min_p": ["0", True, -0.1, 1.1],
     "stop_token_ids": [2, "2", {}, [True], ["2"], [None], [1.5], [-1], [260], [10**30], [5] * 129],
@@ -205,10 +205,10 @@ def test_no_tokens_are_asked_for_only_where_a_prompt_is_scored(engine: FakeEngin
     assert parse({"prompt": "hi", "max_tokens": 0, "echo": True}, engine, settings).params.max_tokens == 0
 
 
-def test_streaming_is_refused_as_not_offered_yet(engine: FakeEngine, settings: Settings) -> None:
-    error = refusal({"prompt": "hi", "stream": True}, engine, settings)
-    assert str(error) == "stream is true (a boolean), which is not offered yet; leave it out"
-    assert error.code == "unsupported_field"
+def test_a_stream_is_one_where_it_is_asked_for_alone(engine: FakeEngine, settings: Settings) -> None:
+    assert parse({"prompt": "hi", "stream": True}, engine, settings).stream
+    for body in ({"prompt": "hi"}, {"prompt": "hi", "stream": False}, {"prompt": "hi", "stream": None}):
+        assert not parse(body, engine, settings).stream
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "lambda_decay": 0.9,
         "omega_bound": 0.4,
     }
-    assert set(body) | set(schema._NEUTRAL) | {"suffix"} == schema._COMPLETION_FIELDS
+    assert set(body) | {*schema._NEUTRAL, *schema._STREAM_FIELDS, "suffix"} == schema._COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
