@@ -166,10 +166,10 @@ class Server:
         wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._waitress._map, count=1)
         self._awake = False  # before, not after: whoever comes while these are fed pulls the trigger again
         while self._ready:
-            self._ready.popleft().feed()
+            wasyncore.write(self._ready.popleft())  # what fails in one costs that connection, as with any other event
 
     def _wake(self, channel: Channel) -> None:
-        """Have a channel fed soon. Any thread, at any time, also when this server has ended."""
+        """Have a channel's handle_write called soon. Any thread, at any time, also when this server has ended."""
         self._ready.append(channel)
         if self._awake:
             return
