@@ -23,6 +23,7 @@ from torch import Tensor
 from metaseq_api.core import FinishReason, Health, Request, Sequence
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.drain import DrainRate
 from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.ticket import Ticket
@@ -64,6 +65,7 @@ class Engine:
         self._leaders: dict[tuple[Ticket, int], Track] = {}
         self._by_ticket: dict[Ticket, list[Track]] = {}
         self._num_queued = 0
+        self._drain = DrainRate()
         self._lock = threading.Lock()
         self._next_id = 0
         self._stopped = ""
@@ -109,8 +111,10 @@ class Engine:
             if self._num_queued + num > self._limits.max_queue:
                 raise Overloaded(
                     f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
-                    f"the server takes {self._limits.max_queue}: try again later"
+                    f"the server takes {self._limits.max_queue}: try again later",
+                    retry_after_s=self._drain.wait_s(self._num_queued + num - self._limits.max_queue, time.monotonic()),
                 )
+            self._drain.begin(time.monotonic())
             self._num_queued += num
             self._inbox.put((ticket, "add"))
         return ticket
@@ -308,6 +312,7 @@ class Engine:
             self._leaders.pop((ticket, track.prompt_index), None)
         with self._lock:
             self._num_queued -= ticket.num_sequences
+            self._drain.note(ticket.num_sequences, time.monotonic(), idle=not self._num_queued)
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""

@@ -15,7 +15,7 @@ from typing import Any
 from metaseq_api.core import Completion, EngineProtocol, Request, SamplingParams, TokenLogprobs
 from metaseq_api.core.request import BOS_ID, MAX_STOP, MAX_STOP_LEN
 from metaseq_api.errors import MetaseqApiError, RequestError
-from metaseq_api.server import fields
+from metaseq_api.server import fields, terms
 from metaseq_api.settings import Settings
 
 MAX_PROMPTS = 1024
@@ -54,8 +54,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (),
-    "timeout_ms": (),
-    "priority": (0,),
     "alpha_presence": (0,),
     "alpha_frequency": (0,),
     "alpha_presence_src": (0,),
@@ -64,9 +62,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lambda_decay": (-1, 0),
 }
 # metaseq's page always sends omega_bound; it bounds lambda_decay alone, so with that off every number asks for nothing
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *_PARAMS, *_NEUTRAL})
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *terms.FIELDS, *_PARAMS, *_NEUTRAL})
 _GENERATE_PARAMS = ("temperature", "top_p", "top_k", "min_tokens", "seed", "stop", "logprobs", "ignore_eos")
-_GENERATE_FIELDS = frozenset({"prefix", "length", *_GENERATE_PARAMS})
+_GENERATE_FIELDS = frozenset({"prefix", "length", *terms.FIELDS, *_GENERATE_PARAMS})
 
 
 def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: Settings, request_id: str) -> Request:
