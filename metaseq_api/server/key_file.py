@@ -31,8 +31,8 @@ from typing import Any
 from metaseq_api.errors import SettingsError
 
 PREFIX = "msk-"
-MIN_KEY_LEN = 16
-"""Of a key somebody else made up (METASEQ_API_KEY, --api-key-file)."""
+MIN_KEY_LEN, MAX_KEY_LEN = 16, 256
+"""Of a key somebody else made up (METASEQ_API_KEY, --api-key-file). A longer one given is not hashed to its end."""
 MAX_WEIGHT = 1e6
 MAX_LIMIT = 10**12
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -85,10 +85,10 @@ def make_key(name: str, secret: str, **limits: Any) -> Key:
 def check_secret(secret: str, where: str) -> str:
     """A key that somebody else made up, if it will do. Raises: SettingsError, which does not show it."""
     secret = secret.strip()
-    if len(secret) < MIN_KEY_LEN or not _GIVEN.fullmatch(secret):
+    if not MIN_KEY_LEN <= len(secret) <= MAX_KEY_LEN or not _GIVEN.fullmatch(secret):
         raise SettingsError(
-            f"{where} holds no usable key; it must be one of at least {MIN_KEY_LEN} printable ASCII characters without "
-            "spaces, such as: openssl rand -hex 32"
+            f"{where} holds no usable key; it must be one of {MIN_KEY_LEN} to {MAX_KEY_LEN} printable ASCII characters "
+            "without spaces, such as: openssl rand -hex 32"
         )
     return secret
 

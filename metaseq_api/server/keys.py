@@ -9,13 +9,23 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from metaseq_api.errors import SettingsError
-from metaseq_api.server.key_file import Key, check_secret, make_key, new_secret, read_keys, read_secret, write_secret
+from metaseq_api.server.key_file import (
+    MAX_KEY_LEN,
+    Key,
+    check_secret,
+    make_key,
+    new_secret,
+    read_keys,
+    read_secret,
+    write_secret,
+)
 from metaseq_api.settings import ENV_API_KEY, Settings
 
 log = logging.getLogger(__name__)
@@ -56,7 +66,7 @@ class Keyring:
     def find(self, given: str) -> Key | None:
         """The Key that `given` is, expired ones included. Every key is compared, so that time tells nothing."""
         self._follow()
-        secret = given.encode("utf-8", "surrogatepass")
+        secret = given[: MAX_KEY_LEN + 1].encode("utf-8", "surrogatepass")
         found = None
         for key in (*self._single, *self._keys):
             if key.matches(secret):
@@ -132,6 +142,14 @@ def secure(settings: Settings, address: str) -> tuple[Settings, str | None]:
         "send it as `Authorization: Bearer KEY`; to keep keys: --keys FILE (metaseq-api-keys) or --api-key-file FILE"
     )
     return dataclasses.replace(settings, api_key=key), told
+
+
+def curl_header(settings: Settings) -> str:
+    """What a curl to this service needs beside the rest, for a person to paste; the key itself is not in it."""
+    if settings.api_key is None and settings.api_key_file is not None:
+        return f' -H "Authorization: Bearer $(cat {shlex.quote(str(settings.api_key_file.resolve()))})"'
+    asks = settings.api_key is not None or settings.keys_file is not None
+    return " -H 'Authorization: Bearer KEY'" if asks else ""
 
 
 def is_loopback(address: str) -> bool:

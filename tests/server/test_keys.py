@@ -13,7 +13,7 @@ import pytest
 from metaseq_api.errors import SettingsError
 from metaseq_api.server import key_file, keys
 from metaseq_api.server.key_file import Key, change_keys, make_key, new_secret, read_keys, read_secret, write_secret
-from metaseq_api.server.keys import CHECK_S, Keyring, open_keyring, secure
+from metaseq_api.server.keys import CHECK_S, Keyring, curl_header, open_keyring, secure
 from metaseq_api.settings import Settings
 
 
@@ -189,6 +189,24 @@ def test_an_expired_key_is_told_apart_by_the_clock(path: Path) -> None:
     assert not ring.has_expired(key)
     clock.now = 1500.0
     assert ring.has_expired(key)
+
+
+def test_what_a_guess_costs_does_not_grow_with_its_length(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(path, make_key("alice", new_secret()))
+    ring = Keyring(path)
+    hashed: list[int] = []
+    real = key_file._hash
+    monkeypatch.setattr(key_file, "_hash", lambda given, salt: hashed.append(len(given)) or real(given, salt))
+    assert ring.find("x" * 60000) is None
+    assert hashed == [key_file.MAX_KEY_LEN + 1]
+
+
+def test_the_curl_to_paste_says_where_the_key_goes_and_not_the_key(tmp_path: Path) -> None:
+    assert curl_header(Settings()) == ""
+    assert curl_header(Settings(keys_file=tmp_path / "k")) == " -H 'Authorization: Bearer KEY'"
+    assert "secret" not in curl_header(Settings(api_key="a-secret-of-mine-000"))
+    assert "$(cat" in curl_header(Settings(api_key_file=tmp_path / "my key"))
+    assert f"'{tmp_path}/my key'" in curl_header(Settings(api_key_file=tmp_path / "my key"))
 
 
 # which service asks for a key
