@@ -34,3 +34,12 @@ CACHE_LIST_SIZE = 0
 
 METASEQ_COMPAT = False
 """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
+
+KEYS_FILE = None
+"""Hashes of API keys, written by `metaseq-api-keys --keys FILE add NAME`; a change counts without a restart."""
+API_KEY_FILE = None
+"""A file with one API key as it is, that only you can read; made where it is missing. Or export METASEQ_API_KEY."""
+CORS_ORIGINS = None
+"""Origins whose pages may call this service from a browser, e.g. "https://example.org,http://localhost:3000"."""
+REQUEST_TIMEOUT_S = None
+"""Most seconds that a request may take; then it ends with 504. None: as long as it takes."""

@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         help="take and answer /completions as metaseq did, quirks included (docs/fields.md)",
     )
+    add("--keys", dest="keys_file", metavar="FILE", help="clients must send a key of this file (metaseq-api-keys)")
+    add("--api-key-file", metavar="FILE", help="clients must send the one key that this file holds; made if missing")
+    add("--no-keys", action="store_true", default=None, help="ask for no key, even where others reach this service")
+    add("--cors-origins", metavar="LIST", help="origins whose pages may call this service, with commas; * for any")
+    add("--request-timeout-s", type=float, metavar="S", help="most seconds that a request may take (default: no end)")
+    add("--guard-metrics", action="store_true", default=None, help="ask for a key at /metrics too")
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser
@@ -98,12 +104,28 @@ def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
     chosen = dataclasses.replace(chosen, model_parallel=num_ranks)
     # before anything is started: a port in use is said at once, and nothing has to be undone
     sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
+    if sock is not None:
+        chosen = _secure(chosen, sock)
     if placement.rank is not None:
         log.setup(placement.rank.rank, verbose=verbose)
         agent = os.getppid() if placement.under_agent else None
         child.rank_setup(placement.rank.rank, parent_pid=agent, grace_s=supervisor.GRACE_S)
         child.be(host_module, chosen, placement.rank, sock, _tell)
     return supervisor.supervise(placement, num_ranks, chosen, sock=sock, module=host_module, verbose=verbose)
+
+
+def _secure(chosen: Settings, sock: socket.socket) -> Settings:
+    """See to it that a service which others reach asks for a key; what the user must know is said here alone."""
+    from metaseq_api.server.keys import secure
+
+    try:
+        chosen, remark = secure(chosen, sock.getsockname()[0])
+    except SettingsError:
+        sock.close()
+        raise
+    if remark:
+        print(f"metaseq-api-local: {remark}", file=sys.stderr, flush=True)
+    return chosen
 
 
 def _tell(error: MetaseqApiError) -> None:

@@ -13,8 +13,10 @@
     |  `- MemoryTooSmall
     |- RankFailed                  a worker process died or stopped answering
     `- RequestError                what one client asked
-       |- NotAuthorized, NotFound, MethodNotAllowed, PayloadTooLarge, UnsupportedMediaType
-       |- Overloaded               come back later
+       |- NotAuthorized, Forbidden, NotFound, MethodNotAllowed, PayloadTooLarge, UnsupportedMediaType
+       |- Overloaded, RateLimited  come back later
+       |- QuotaExceeded            more than this key ever gets
+       |- DeadlineExceeded         the time the client gave is over
        `- EngineStopped            this server is going away
 
 Knows: for each class, the exit code of a command that ends by it, and the HTTP status and wire code of an answer that
@@ -108,26 +110,44 @@ class RankFailed(MetaseqApiError):
 class RequestError(MetaseqApiError):
     """The client asked for something this server does not do.
 
-    `param` is the field at fault as the client wrote it, or None.
+    `param` is the field at fault as the client wrote it, or None; `retry_after_s` when the same may succeed, if known.
     """
 
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+    worth_retrying = True
+    """False tells clients that try again by themselves to leave it."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.param = param
+        self.retry_after_s = retry_after_s
         if code is not None:
             self.code = code
 
 
 class NotAuthorized(RequestError):
-    """The Authorization header is missing or wrong."""
+    """No API key was sent, or none that this service knows."""
 
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """Whoever sent this may not, with any key: a page of another origin."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
 
 
 class NotFound(RequestError):
@@ -164,6 +184,32 @@ class Overloaded(RequestError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+
+
+class RateLimited(RequestError):
+    """This key's limits are used up for now."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(RequestError):
+    """One request asks for more than its key gets in a minute; it never succeeds."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    worth_retrying = False
+
+
+class DeadlineExceeded(RequestError):
+    """The time that the client or this service allows was over before the answer was done."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+    worth_retrying = False
 
 
 class EngineStopped(RequestError):

@@ -201,6 +201,8 @@ def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Ch
 
 def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket) -> None:
     """Say what is served, where, and what to type."""
+    from metaseq_api.server.keys import curl_header
+
     host, port = sock.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     config, context, cache = ready.config, worker.model.context, worker.cache
@@ -218,13 +220,13 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: sock
         ready.device.type,
         cache.num_blocks * cache.block_size,
     )
-    log.info("ready on http://%s:%d/ ; try:\n%s", shown, port, curl_line(shown, port, prompt))
+    log.info("ready on http://%s:%d/ ; try:\n%s", shown, port, curl_line(shown, port, prompt, curl_header(settings)))
 
 
-def curl_line(host: str, port: int, prompt: str) -> str:
+def curl_line(host: str, port: int, prompt: str, header: str = "") -> str:
     """A request to paste into a shell."""
     return (
-        f"curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json' "
+        f"curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json'{header} "
         f'-d \'{{"prompt": "{prompt}", "max_tokens": 32, "temperature": 0}}\''
     )
 

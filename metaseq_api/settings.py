@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 from metaseq_api.errors import SettingsError
 
 ENV_CONSTANTS = "METASEQ_API_CONSTANTS"
+ENV_API_KEY = "METASEQ_API_KEY"
+"""One key that clients must send. Not a flag, which every user of the machine could see, nor in constants.py."""
 DTYPES = ("fp32", "fp16", "bf16")
 DEMO = Path(__file__).parent / "demo"
 
@@ -63,6 +66,20 @@ class Settings:
     """Units: seconds without a sign of life after which a rank counts as lost."""
     metaseq_compat: bool = False
     """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
+    keys_file: Path | None = None
+    """Hashes of the keys that clients must send one of (metaseq-api-keys)."""
+    api_key_file: Path | None = None
+    """One key as it is, in a file that nobody else can read; made where it is missing."""
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    """One key, from the environment or made for this run."""
+    no_keys: bool = False
+    """Whether anybody may use a service that listens beyond this machine."""
+    guard_metrics: bool = False
+    """Whether /metrics asks for a key too."""
+    cors_origins: str | None = None
+    """Origins, with commas between, whose pages may call this service from a browser; "*" means any."""
+    request_timeout_s: float | None = None
+    """Units: seconds that a request has at most, and where it says nothing; None: as long as it takes."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -91,6 +108,12 @@ _NAMES: dict[str, str] = {
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
     "METASEQ_COMPAT": "metaseq_compat",
+    "KEYS_FILE": "keys_file",
+    "API_KEY_FILE": "api_key_file",
+    "NO_KEYS": "no_keys",
+    "GUARD_METRICS": "guard_metrics",
+    "CORS_ORIGINS": "cors_origins",
+    "REQUEST_TIMEOUT_S": "request_timeout_s",
 }
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
@@ -146,6 +169,13 @@ def _seconds(v: Any) -> float:
     return float(v)
 
 
+def _origins(v: Any) -> str:
+    origin = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,*?#@]+")
+    if not isinstance(v, str) or not v or not all(origin.fullmatch(o.strip()) for o in v.split(",")):
+        raise TypeError("origins such as https://example.org,http://localhost:3000, without a path, or *")
+    return v
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "checkpoint": _path,
     "bpe_vocab": _path,
@@ -168,6 +198,13 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "threads": _int(1, 1024),
     "timeout_s": _seconds,
     "metaseq_compat": _bool,
+    "keys_file": _path,
+    "api_key_file": _path,
+    "api_key": _text,
+    "no_keys": _bool,
+    "guard_metrics": _bool,
+    "cors_origins": _origins,
+    "request_timeout_s": _seconds,
 }
 
 
@@ -242,6 +279,7 @@ def load(
     for field, value in flags.items():
         if value is not None:
             values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
+    values["api_key"] = os.environ.get(ENV_API_KEY) or None
     values["demo"] = "checkpoint" not in values
     chosen = dataclasses.replace(Settings(), **values)
     if chosen.cache_list_size and not chosen.cache_size:

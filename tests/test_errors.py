@@ -23,11 +23,15 @@ TABLE = {
     "RankFailed": (20, 500, "server_error", "rank_failed"),
     "RequestError": (1, 400, "invalid_request_error", "invalid_value"),
     "NotAuthorized": (1, 401, "authentication_error", "invalid_api_key"),
+    "Forbidden": (1, 403, "permission_error", "forbidden"),
     "NotFound": (1, 404, "invalid_request_error", "not_found"),
     "MethodNotAllowed": (1, 405, "invalid_request_error", "method_not_allowed"),
     "PayloadTooLarge": (1, 413, "invalid_request_error", "payload_too_large"),
     "UnsupportedMediaType": (1, 415, "invalid_request_error", "unsupported_media_type"),
     "Overloaded": (1, 429, "rate_limit_error", "overloaded"),
+    "RateLimited": (1, 429, "rate_limit_error", "rate_limit_exceeded"),
+    "QuotaExceeded": (1, 429, "insufficient_quota", "insufficient_quota"),
+    "DeadlineExceeded": (1, 504, "timeout_error", "deadline_exceeded"),
     "EngineStopped": (1, 503, "server_error", "engine_stopped"),
 }
 

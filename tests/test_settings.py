@@ -85,6 +85,11 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("PREFIX_CACHE = 1", "PREFIX_CACHE is 1; it must be True or False"),
         ("CACHE_LIST_SIZE = 2", "set CACHE_SIZE (--cache-size) too"),
         ("CACHE_SIZE = -1", "CACHE_SIZE is -1; it must be a whole number from 0"),
+        ("API_KEY = 'msk-in-a-file-others-read'", "unknown name API_KEY; did you mean API_KEY_FILE?"),
+        ("NO_KEYS = 1", "NO_KEYS is 1; it must be True or False"),
+        ("CORS_ORIGINS = 'example.org'", "CORS_ORIGINS is 'example.org'; it must be origins such as https://"),
+        ("CORS_ORIGINS = 'https://a.example/path'", "without a path"),
+        ("REQUEST_TIMEOUT_S = 0", "REQUEST_TIMEOUT_S is 0; it must be seconds from 1"),
         ("raise RuntimeError('edit me')", "RuntimeError: edit me"),
         ("x = (", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
@@ -96,6 +101,26 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, says:
         settings.load({}, constants=str(path))
     assert says in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_key_comes_from_the_environment_alone_and_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(settings.ENV_API_KEY, "my-own-key-0123456789")
+    found, _ = settings.load({}, cwd=tmp_path)
+    assert found.api_key == "my-own-key-0123456789"
+    assert "my-own" not in repr(found)
+    monkeypatch.setenv(settings.ENV_API_KEY, "")
+    assert settings.load({}, cwd=tmp_path)[0].api_key is None
+
+
+def test_origins_and_files_of_keys_are_taken(tmp_path: Path) -> None:
+    constants(
+        tmp_path, "KEYS_FILE = '~/k'\nAPI_KEY_FILE = 'one'\nCORS_ORIGINS = 'https://a.example, http://localhost:3000'"
+    )
+    found, _ = settings.load({}, cwd=tmp_path)
+    assert (found.keys_file, found.api_key_file) == (Path.home() / "k", Path("one"))
+    assert found.cors_origins == "https://a.example, http://localhost:3000"
 
 
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:

@@ -144,13 +144,19 @@ class SamplingParams:
 class Request:
     """One client's question: prompts (token ids; the engine puts </s> in front where it is not) and how to continue.
 
-    `user` is carried for the log. Of a streamed request the engine tells every token as soon as it is final.
+    `user` is carried for the log. Of a streamed request the engine tells every token as soon as it is final. `tenant`
+    (whose key it came with), `weight` and `priority` (lower comes first, within a tenant) are the Scheduler's to heed.
     """
 
     request_id: str
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     user: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    deadline_s: float | None = None
+    """When it is given up. Units: seconds of this process's time.monotonic()."""
     stream: bool = False
 
     def __post_init__(self) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor
 from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.deadlines import Deadlines
+from metaseq_api.engine.drain import DrainRate
 from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.sampler import Sampler, Scored
@@ -30,7 +32,7 @@ from metaseq_api.engine.teller import Teller
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.track import Track
 from metaseq_api.engine.worker import Worker
-from metaseq_api.errors import EngineStopped, MetaseqApiError, Overloaded, RequestError
+from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, Overloaded, RequestError
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.scheduling.stopping import StopChecker
 from metaseq_api.tokenizer import EOS_ID, PAD_ID, StreamDecoder, Tokenizer
@@ -67,7 +69,9 @@ class Engine:
         self._leaders: dict[tuple[Ticket, int], Track] = {}
         self._by_ticket: dict[Ticket, list[Track]] = {}
         self._told: set[Ticket] = set()
+        self._deadlines = Deadlines()
         self._num_queued = 0
+        self._drain = DrainRate()
         self._lock = threading.Lock()
         self._next_id = 0
         self._stopped = ""
@@ -116,8 +120,10 @@ class Engine:
             if self._num_queued + num > self._limits.max_queue:
                 raise Overloaded(
                     f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
-                    f"the server takes {self._limits.max_queue}: try again later"
+                    f"the server takes {self._limits.max_queue}: try again later",
+                    retry_after_s=self._drain.wait_s(self._num_queued + num - self._limits.max_queue, time.monotonic()),
                 )
+            self._drain.begin(time.monotonic())
             self._num_queued += num
             self._inbox.put((ticket, "add"))
         return ticket
@@ -168,6 +174,8 @@ class Engine:
     def turn(self) -> None:
         """One turn: take in what came, run a step. Waits where there is nothing to do."""
         self._take_in()
+        for ticket in self._deadlines.over(time.monotonic()):
+            self._run_out(ticket)
         self._notify()  # of echoes, before the step
         step = self._scheduler.schedule()
         if step is not None:
@@ -200,6 +208,7 @@ class Engine:
     def _add(self, ticket: Ticket) -> None:
         request = ticket.request
         tracks = self._by_ticket[ticket] = []
+        self._deadlines.add(ticket)
         for p, prompt in enumerate(request.prompts):
             for s in range(request.params.num_samples):
                 track = self._track(ticket, p, s, list(prompt))
@@ -333,14 +342,28 @@ class Engine:
             self._scheduler.discard(track.seq)
         self._drop(ticket)
 
+    def _run_out(self, ticket: Ticket) -> None:
+        num = sum(track.seq.num_generated for track in self._by_ticket[ticket])
+        ticket.fail(
+            DeadlineExceeded(
+                f"the time for this request was over after {num} of at most "
+                f"{ticket.num_sequences * ticket.request.params.max_tokens} tokens, and it was given up; allow more "
+                "(timeout_ms), or ask for fewer tokens",
+                param="timeout_ms",
+            )
+        )
+        self._drop(ticket)
+
     def _drop(self, ticket: Ticket) -> None:
         """Forget a request that has ended, and free what it holds."""
+        self._deadlines.remove(ticket)
         for track in self._by_ticket.pop(ticket):
             self._scheduler.finish(track.seq)
             self._tracks.pop(track.seq.seq_id, None)
             self._leaders.pop((ticket, track.prompt_index), None)
         with self._lock:
             self._num_queued -= ticket.num_sequences
+            self._drain.note(ticket.num_sequences, time.monotonic(), idle=not self._num_queued)
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""

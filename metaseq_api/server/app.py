@@ -2,7 +2,7 @@
 
 Knows HTTP. Does not know the fields of a body (`schema`), sockets and threads (`run`), or how text is made.
 The life of a request here: an id, a body, a `core.Request`, the engine's Answer awaited while the client is still
-there, JSON, one line in the log. A later guard (keys, limits) is one more `before_request`, after `begin`.
+there, JSON, one line in the log. Who may ask, and how much, is `guard`'s: one more hook on either side.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import fields, schema
+from metaseq_api.server import fields, schema, terms
+from metaseq_api.server.guard import Guard
 from metaseq_api.server.stream import Stream, stopping
 from metaseq_api.settings import Settings
 
@@ -57,7 +58,7 @@ COMPLETION_PATHS = (
     "/engines/<path:engine>/completions",
 )
 RETRY_AFTER = {429: "1", 503: "5"}
-"""Units: seconds, by status."""
+"""Units: seconds, by status, where the error itself does not know better."""
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -78,17 +79,19 @@ def create_app(
     *,
     clock: Callable[[], float] = time.time,
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    guard: Guard | None = None,
 ) -> Flask:
-    """The WSGI application that serves `engine`."""
+    """The WSGI application that serves `engine`, guarded as the settings say. Raises: SettingsError."""
     app = Flask(__name__, static_folder=None, template_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     closing = app.extensions[CLOSING] = threading.Event()
-    front = _Front(engine, settings, clock, new_id, closing)
+    front = _Front(engine, settings, clock, new_id, closing, guard or Guard(settings))
 
     app.before_request(front.begin)
     app.after_request(front.end)
+    front.guard.install(app)
     for error, handler in (
         (MetaseqApiError, front.refused),
         (HTTPException, front.refused_by_flask),
@@ -116,8 +119,10 @@ class _Front:
         clock: Callable[[], float],
         new_id: Callable[[], str],
         closing: threading.Event,
+        guard: Guard,
     ) -> None:
         self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
+        self.guard = guard
         self.started = int(clock())
         self.html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
 
@@ -127,6 +132,7 @@ class _Front:
         """`engine`, a part of some paths, is not looked at: one service serves one model, as metaseq's does."""
         body = _read_json()
         request = schema.parse_completion(body, self.engine, self.settings, f"cmpl-{self.new_id()}")
+        request = self.guard.admit(request, body)
         include_usage = schema.wants_usage(body)
         if request.stream:
             return self._stream(request, include_usage)
@@ -148,7 +154,7 @@ class _Front:
             body = schema.form_to_body(flask.request.form.to_dict(flat=False))
         else:
             body = _read_json(" or a form")
-        request = schema.parse_generate(body, self.engine, f"gen-{self.new_id()}")
+        request = self.guard.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
         return _json(schema.render_generate(body["prefix"], self._complete(request)[0]))
 
     def models(self) -> Response:
@@ -183,6 +189,7 @@ class _Front:
     def _complete(self, request: Request) -> list[Completion]:
         """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
         completions = self._await(request)
+        self.guard.note(request, completions)
         reasons = ",".join(sorted({c.finish_reason.value for c in completions}))
         g.said = f"{_about(request)} out={sum(c.num_tokens for c in completions)} reason={reasons}"
         return completions
@@ -194,8 +201,9 @@ class _Front:
         try:
             while True:
                 try:
-                    return answer.result(timeout=POLL_S)
+                    return answer.result(timeout=terms.patience_s(request, POLL_S, time.monotonic()))
                 except TimeoutError:
+                    terms.check_deadline(request, time.monotonic())
                     if gone():
                         raise _ClientGone from None
                     if self.closing.is_set():
@@ -210,15 +218,17 @@ class _Front:
 
     def _stream(self, request: Request, include_usage: bool) -> Response:
         """The head of an answer whose events follow; its line in the log comes with the last of them."""
-        line = self._line(200)
+        answer = self.engine.submit(request)
+        line, settle, whose = self._line(200), self.guard.keep_open(request), self.guard.whose()
         g.said = None
 
         def end(num_tokens: int, how: str | None) -> None:
-            line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}")
+            settle(num_tokens, how is not None)
+            line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}{whose}")
 
         stream = Stream(
             request,
-            self.engine.submit(request),
+            answer,
             model=self.engine.model_name,
             created=int(self.clock()),
             include_usage=include_usage,
@@ -245,8 +255,8 @@ class _Front:
     def end(self, response: Response) -> Response:
         response.headers["X-Request-Id"] = g.http_id
         response.headers["X-Content-Type-Options"] = "nosniff"
-        if response.status_code in RETRY_AFTER:
-            response.headers["Retry-After"] = RETRY_AFTER[response.status_code]
+        if response.status_code in RETRY_AFTER and "x-should-retry" not in response.headers:
+            response.headers.setdefault("Retry-After", RETRY_AFTER[response.status_code])
         if g.said is not None:
             self._line(response.status_code)(g.said)
         return response
@@ -269,7 +279,12 @@ class _Front:
         if not isinstance(error, RequestError):
             return self._broken(error)
         g.said = error.code
-        return _json(schema.render_error(error), error.status)
+        answer = _json(schema.render_error(error), error.status)
+        if error.retry_after_s is not None:
+            answer.headers["Retry-After"] = str(max(math.ceil(error.retry_after_s), 1))
+        if not error.worth_retrying:
+            answer.headers["x-should-retry"] = "false"
+        return answer
 
     def refused_by_flask(self, error: HTTPException) -> Response:
         allow = error.get_response().headers.get("Allow")

@@ -8,14 +8,14 @@ accepted and ignored. `null` means the default throughout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from metaseq_api.core import Completion, EngineProtocol, RankedToken, Request, SamplingParams, TokenLogprobs
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.errors import MetaseqApiError, RequestError
-from metaseq_api.server import compat, fields, params
+from metaseq_api.server import compat, fields, params, terms
 from metaseq_api.settings import Settings
 
 MAX_PROMPTS = 1024
@@ -29,14 +29,9 @@ CHARS_PER_TOKEN = 256
 """No token stands for more characters, so that a text longer than so many windows is refused before it is encoded."""
 PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
 
-# Fields of this API's family that are not offered yet, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "timeout_ms": (),
-    "priority": (0,),
-}
 _STREAM_FIELDS = ("stream", "stream_options")
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *params.READERS, *_NEUTRAL})
-_GENERATE_FIELDS = frozenset({"prefix", "length", *params.OF_ONE_SAMPLE})
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *terms.FIELDS, *params.READERS})
+_GENERATE_FIELDS = frozenset({"prefix", "length", *terms.FIELDS, *params.OF_ONE_SAMPLE})
 
 
 def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: Settings, request_id: str) -> Request:
@@ -45,8 +40,6 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     Raises: RequestError naming the field.
     """
     fields.refuse_unknown(body, _COMPLETION_FIELDS)
-    for name, neutral in _NEUTRAL.items():
-        _refuse_unless_neutral(name, body.get(name), neutral)
     if body.get("model") is not None:
         fields.text("model", body["model"])
     _refuse_suffix(body.get("suffix"))
@@ -206,16 +199,6 @@ def render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
 
 def _finite(logprob: float) -> float:
     return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB
-
-
-def _refuse_unless_neutral(name: str, value: Any, neutral: Iterable[Any]) -> None:
-    # False == 0 in Python, but not on the wire
-    if value is not None and not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
-        raise RequestError(
-            f"{name} is {fields.found(value)}, which is not offered yet; leave it out",
-            param=name,
-            code="unsupported_field",
-        )
 
 
 def _refuse_suffix(value: Any) -> None:

@@ -142,11 +142,15 @@ ERRORS: dict[str, tuple[int, str, str]] = {
     "RankFailed": (500, "server_error", "rank_failed"),
     "RequestError": (400, "invalid_request_error", "invalid_value"),
     "NotAuthorized": (401, "authentication_error", "invalid_api_key"),
+    "Forbidden": (403, "permission_error", "forbidden"),
     "NotFound": (404, "invalid_request_error", "not_found"),
     "MethodNotAllowed": (405, "invalid_request_error", "method_not_allowed"),
     "PayloadTooLarge": (413, "invalid_request_error", "payload_too_large"),
     "UnsupportedMediaType": (415, "invalid_request_error", "unsupported_media_type"),
     "Overloaded": (429, "rate_limit_error", "overloaded"),
+    "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "QuotaExceeded": (429, "insufficient_quota", "insufficient_quota"),
+    "DeadlineExceeded": (504, "timeout_error", "deadline_exceeded"),
     "EngineStopped": (503, "server_error", "engine_stopped"),
     "RuntimeError": (500, "server_error", "internal_error"),
 }
@@ -168,7 +172,8 @@ def test_every_error_class_has_its_status_and_its_json(name: str, client: FlaskC
     else:
         assert message == "something went wrong in the server; its log has the reason under request id r1"
         assert answer.headers["x-should-retry"] == "false"
-    assert ("Retry-After" in answer.headers) == (status in (429, 503))
+    comes_back = status in (429, 503) and error_class.worth_retrying if issubclass(error_class, RequestError) else False
+    assert ("Retry-After" in answer.headers) == comes_back
 
 
 def test_the_table_of_errors_holds_every_class_of_the_tree() -> None:

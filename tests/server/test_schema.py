@@ -13,7 +13,7 @@ from support.fake_engine import FakeEngine
 
 from metaseq_api.core import RankedToken, SamplingParams
 from metaseq_api.errors import RequestError
-from metaseq_api.server import fields, schema
+from metaseq_api.server import fields, schema, terms
 from metaseq_api.settings import Settings
 
 
@@ -144,8 +144,6 @@ WRONG_TYPES = {
     "stop_token_ids": [2, "2", {}, [True], ["2"], [None], [1.5], [-1], [260], [10**30], [5] * 129],
     "include_stop_str_in_output": ["true", 1, []],
     "prompt_logprobs": ["1", True, 0.5, -1, 101],
-    "timeout_ms": [1],
-    "priority": [1],
 }
 
 
@@ -159,19 +157,13 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(
 
 
 def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
-    assert set(WRONG_TYPES) == schema._COMPLETION_FIELDS - {"prompt"}
+    assert set(WRONG_TYPES) == schema._COMPLETION_FIELDS - {"prompt"} - terms.FIELDS
 
 
 def test_the_page_on_fields_has_a_row_for_each() -> None:
     page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema._COMPLETION_FIELDS
-
-
-def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: FakeEngine, settings: Settings) -> None:
-    for name, neutral in schema._NEUTRAL.items():
-        for value in neutral:
-            assert parse({"prompt": "hi", name: value}, engine, settings).params == SamplingParams()
 
 
 def test_what_says_off_to_openai_vllm_or_metaseq_says_off_here(engine: FakeEngine, settings: Settings) -> None:
@@ -257,7 +249,7 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "lambda_decay": 0.9,
         "omega_bound": 0.4,
     }
-    assert set(body) | {*schema._NEUTRAL, *schema._STREAM_FIELDS, "suffix"} == schema._COMPLETION_FIELDS
+    assert set(body) | {*terms.FIELDS, *schema._STREAM_FIELDS, "suffix"} == schema._COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
