@@ -18,6 +18,7 @@ from typing import Any
 from metaseq_api.errors import SettingsError
 
 ENV_CONSTANTS = "METASEQ_API_CONSTANTS"
+ENV_API_KEY = "METASEQ_API_KEY"
 DTYPES = ("fp32", "fp16", "bf16")
 DEMO = Path(__file__).parent / "demo"
 
@@ -204,6 +205,20 @@ def _checked(field: str, value: Any, where: str) -> Any:
         return _CHECKS[field](value)
     except TypeError as e:
         raise SettingsError(f"{where} is {value!r}; it must be {e}") from None
+
+
+def given(values: Mapping[str, Any]) -> Settings:
+    """Settings from a caller's own words (by field name; None means not given), and from no file.
+
+    Raises: SettingsError.
+    """
+    chosen = {field: _checked(field, value, field) for field, value in values.items() if value is not None}
+    return Settings(**chosen, demo="checkpoint" not in chosen)
+
+
+def api_key() -> str | None:
+    """The key that this user's clients show to a server: $METASEQ_API_KEY."""
+    return os.environ.get(ENV_API_KEY) or None
 
 
 def load(
