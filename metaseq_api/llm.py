@@ -156,10 +156,7 @@ class LLM:
         return scores
 
     def _request(self, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> Request:
-        if isinstance(prompt, str):
-            ids = tuple(self._resident.engine.encode(prompt))
-        else:
-            ids = _ids(prompt)
+        ids = tuple(self._resident.engine.encode(prompt)) if isinstance(prompt, str) else _ids(prompt)
         return Request(request_id=f"llm-{uuid.uuid4().hex}", prompts=(ids,), params=params, stream=stream)
 
     def _ask(self, requests: Iterable[Request]) -> list[list[Completion]]:
