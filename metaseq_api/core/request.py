@@ -48,6 +48,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if not isinstance(stop, tuple):  # a caller's list, or a single string, which is no sequence of letters
+            object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         _check(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")
         _check(
             0 <= self.min_tokens <= self.max_tokens,
