@@ -30,7 +30,6 @@ from metaseq_api.core.generation import Generation, Score
 from metaseq_api.core.request import MAX_N
 from metaseq_api.errors import EngineStopped, RequestError
 from metaseq_api.resident import Resident
-from metaseq_api.settings import Settings
 
 Prompt = str | Seq[int]
 """A text, or token ids."""
@@ -70,17 +69,7 @@ class LLM:
         timeout_s: float | None = None,
     ) -> None:
         words = {name: value for name, value in locals().items() if name != "self" and value is not None}
-        self._begin(settings.given({"max_beam": MAX_N, **words}))
-
-    @classmethod
-    def of(cls, chosen: Settings) -> LLM:
-        """The model that Settings say, as a door reads them."""
-        llm = cls.__new__(cls)
-        llm._begin(chosen)
-        return llm
-
-    def _begin(self, chosen: Settings) -> None:
-        self._resident = Resident(dataclasses.replace(chosen, max_queue=MAX_QUEUE))
+        self._resident = Resident(settings.given({"max_beam": MAX_N, "max_queue": MAX_QUEUE, **words}))
         # also when this object is collected, and when Python ends
         self._closer = weakref.finalize(self, self._resident.close)
 
@@ -169,7 +158,8 @@ class LLM:
                 for request in requests:
                     pending.append(engine.submit(request))
                     if len(pending) * request.params.num_samples >= MAX_PENDING:
-                        done.append(pending.popleft().result())
+                        done.append(pending[0].result())
+                        pending.popleft()
                 while pending:
                     done.append(pending[0].result())
                     pending.popleft()

@@ -72,11 +72,10 @@ def test_the_folder_may_be_named_by_a_file_in_it(name: str, tmp_path: Path) -> N
     assert open_checkpoint(tmp_path / name).layout == "Hugging Face, safetensors"
 
 
-@pytest.mark.parametrize("name", ["nowhere", "reshard.pt"])
-def test_a_name_of_nothing_in_the_folder_is_not_the_folder(name: str, tmp_path: Path) -> None:
+def test_a_name_of_nothing_in_the_folder_is_not_the_folder(tmp_path: Path) -> None:
     tiny_opt("pre-norm").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointNotFound, match=name.removesuffix(".pt")):
-        open_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointNotFound, match="nowhere"):
+        open_checkpoint(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("variant", ["pre-norm", "350m"])

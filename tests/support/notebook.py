@@ -6,6 +6,8 @@ import contextlib
 import sys
 import threading
 
+from support.processes import until
+
 from metaseq_api import LLM, SamplingParams
 from metaseq_api.errors import EngineStopped
 
@@ -43,10 +45,14 @@ def interrupted() -> None:
     """Generate until Ctrl-C, then ask something short."""
     llm = LLM()
     want = llm.generate("Return the", SamplingParams(temperature=0))[0].text
-    say("ready")
+
+    def tell() -> None:
+        until(lambda: llm._resident.engine.health().num_running == 64, "all to run")
+        say("ready")
+
+    threading.Thread(target=tell).start()
     try:
-        while True:
-            llm.generate([[7, 8, 9]] * 64, LONG)
+        llm.generate([[7, 8, 9]] * 64, LONG)
     except KeyboardInterrupt:
         say("interrupted")
     assert llm.generate("Return the", SamplingParams(temperature=0))[0].text == want
