@@ -155,24 +155,6 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worke
     return Worker(model, cache)
 
 
-def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:
-    """Rank 0's engine, not running yet."""
-    cache = worker.cache
-    return Engine(
-        worker=worker,
-        channel=channel,
-        scheduler=Scheduler(
-            BlockPool(cache.num_blocks, cache.block_size),
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_size=settings.max_batch_size,
-        ),
-        tokenizer=ready.tokenizer,
-        limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
-        model_name=_model_name(settings),
-        heartbeat_s=settings.timeout_s / 3,
-    )
-
-
 def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket) -> int:
     """Rank 0: answer requests until told to end; the exit code. Raises: RankFailed when the engine ended by itself."""
     # only rank 0 needs these: a follower, and a machine without flask, never import them
@@ -200,6 +182,24 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
         raise RankFailed("the engine failed; its stack is in the log above")
     ending.join()
     return 0
+
+
+def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:
+    """Rank 0's engine, not yet running."""
+    cache = worker.cache
+    return Engine(
+        worker=worker,
+        channel=channel,
+        scheduler=Scheduler(
+            BlockPool(cache.num_blocks, cache.block_size),
+            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_size=settings.max_batch_size,
+        ),
+        tokenizer=ready.tokenizer,
+        limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
+        model_name=_model_name(settings),
+        heartbeat_s=settings.timeout_s / 3,
+    )
 
 
 def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket) -> None:

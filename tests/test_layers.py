@@ -27,7 +27,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "model": (LOW | {"core", "parallel"}, TENSOR),
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug"}),
-    "bench": (LOW | {"core", "checkpoint"}, {"torch"}),
+    "bench": (LOW | {"core", "checkpoint", "engine", "host", "launch", "parallel"}, {"torch"}),
     "launch": (LOW, {"submitit"}),
     "download": (LOW | {"core"}, set()),
     "demo": (set(), set()),

@@ -27,7 +27,10 @@ from metaseq_api.server.stream import Stream, stopping, too_slow
 MAX_HEADER = 64 << 10
 """Units: bytes."""
 MAX_UNREAD = 1 << 20
-"""Units: bytes of a stream, beyond what the kernel holds, that its client has not read; with more it is ended."""
+"""Units: bytes of a stream, beyond what the kernel holds, that its client has not read; with more it is ended.
+
+One part may be larger by itself (an echoed prompt with its scores), and is then allowed besides.
+"""
 
 
 class _TakenOver(BaseException):
@@ -86,13 +89,14 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection. The server it belongs to has `wake`, which has `feed` called by the thread of all sockets."""
+    """One connection. The server it belongs to has `wake`, by which the thread of all sockets calls `handle_write`."""
 
     task_class = _Task
     error_task_class = _JsonErrorTask
     requests: list[Any]
     _stream: Stream | None = None
     _chunked = False
+    _largest = 0
     _call_when_gone: Callable[[], None] | None = None
 
     # what the thread of a request calls
@@ -118,15 +122,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     # what the thread of all sockets calls
 
-    def feed(self) -> None:
-        """Send what has come of the stream, if there is one."""
-        stream = self._stream
-        if stream is None:
-            return
+    def handle_write(self) -> None:
         if not self.connected:
             self._leave()
             return
-        self._send(stream, stream.take())
+        if self._stream is not None:
+            self._send(self._stream, self._stream.take())
+        if self.connected:
+            super().handle_write()
 
     def give_up(self) -> None:
         """End the stream, if there is one: the server stops."""
@@ -147,7 +150,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _send(self, stream: Stream, data: bytes) -> None:
         """Send a part of the stream, and its end where that was the last one."""
-        if not stream.ended and self.total_outbufs_len + len(data) > MAX_UNREAD:
+        self._largest = max(self._largest, len(data))
+        if not stream.ended and self.total_outbufs_len + len(data) > MAX_UNREAD + self._largest:
             data += stream.give_up(too_slow(self.total_outbufs_len + len(data)))
         if data:
             if self._chunked:

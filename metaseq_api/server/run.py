@@ -118,7 +118,7 @@ class Server:
         self._waitress.wake = self._wake
         self._ready: deque[Channel] = deque()
         self._awake = False
-        self._trigger_lock = threading.Lock()
+        self._trigger_lock = threading.RLock()  # a signal handler may stop the thread that holds it
         self._stop_at: float | None = None
         self._runner: threading.Thread | None = None
         self._ended = threading.Event()
@@ -158,7 +158,7 @@ class Server:
         if self._runner is None:
             self._close()
         elif not self._ended.is_set():
-            self._waitress.pull_trigger()
+            self._pull_trigger()
             if self._runner is not threading.current_thread():
                 self._ended.wait()
 
@@ -166,14 +166,18 @@ class Server:
         wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._waitress._map, count=1)
         self._awake = False  # before, not after: whoever comes while these are fed pulls the trigger again
         while self._ready:
-            self._ready.popleft().feed()
+            wasyncore.write(self._ready.popleft())  # what fails in one costs that connection, as with any other event
 
     def _wake(self, channel: Channel) -> None:
-        """Have a channel fed soon. Any thread, at any time, also when this server has ended."""
+        """Have a channel's handle_write called soon. Any thread, at any time, also when this server has ended."""
         self._ready.append(channel)
         if self._awake:
             return
         self._awake = True
+        self._pull_trigger()
+
+    def _pull_trigger(self) -> None:
+        """Have the thread of all sockets look up from its wait."""
         with self._trigger_lock:  # behind a closed trigger's descriptor there may be another file by now
             if not self._ended.is_set():
                 self._waitress.pull_trigger()
@@ -183,10 +187,10 @@ class Server:
         while self._close_idle() and time.monotonic() < (self._stop_at or 0):
             self._poll(_TICK_S)
         self._closing.set()
-        for channel in list(self._waitress.active_channels.values()):
-            channel.give_up()
         last = time.monotonic() + LAST_WORDS_S
         while self._close_idle() and time.monotonic() < last:
+            for channel in list(self._waitress.active_channels.values()):
+                channel.give_up()
             self._poll(_TICK_S)
 
     def _stop_listening(self) -> None:

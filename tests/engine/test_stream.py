@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.engines import running_engine
+from support.processes import until
 
 from metaseq_api.core import Completion, Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from metaseq_api.engine.engine import Engine
 from metaseq_api.errors import EngineStopped, MetaseqApiError, RequestError
+from metaseq_api.server.app import create_app
+from metaseq_api.server.run import Server, bind
+from metaseq_api.settings import Settings
 
 DEADLINE_S = 30.0
 FRAGMENTS = ("the", " ", "e", "t", "th", "\u20ac", "\u20ac\u00e9", "\U0001f600", "a\u00e9", "\n\n", "zq")
@@ -150,9 +157,11 @@ class Steps:
     def __init__(self, engine: Engine) -> None:
         self._run, self._may = engine._worker.run, threading.Semaphore(0)
         self._engine = engine
+        self.num_begun = 0
         engine._worker.run = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, batch: object) -> object:
+        self.num_begun += 1
         assert self._may.acquire(timeout=DEADLINE_S)
         return self._run(batch)  # type: ignore[arg-type]
 
@@ -279,3 +288,32 @@ def test_a_reader_that_comes_late_misses_nothing(engine: Engine) -> None:
     ticket = engine.submit(streamed((5, 6), max_tokens=20, temperature=0, ignore_eos=True))
     ticket.result(DEADLINE_S)
     assert sum(d.num_tokens for d in ticket.events()) == 20
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_has_its_blocks_freed_within_one_step(
+    how: str, stream: bool, engine: Engine, steps: Steps
+) -> None:
+    server = Server(create_app(engine, Settings()), bind("127.0.0.1", 0), threads=2)
+    server.start()
+    body = json.dumps({"prompt": [5, 6], "max_tokens": 80, "n": 3, "stream": stream, "ignore_eos": True}).encode()
+    head = f"POST /completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    try:
+        with socket.create_connection((server.host, server.port), timeout=DEADLINE_S) as sock:
+            sock.sendall(head.encode() + body)
+            steps.go(2)
+            until(lambda: steps.num_begun == 3, "the third step")  # the third is under way, and held
+            assert engine.health().num_free_blocks < engine.health().num_blocks
+            if how == "half-close":
+                sock.shutdown(socket.SHUT_WR)
+            else:
+                if how == "reset":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+            until(lambda: not engine._inbox.empty(), "word of the client")
+            steps.go()
+            until(lambda: engine.health().num_free_blocks == engine.health().num_blocks, "every block free")
+            assert steps.num_begun == 3
+    finally:
+        server.stop(0)

@@ -349,6 +349,17 @@ def test_a_client_that_leaves_has_its_request_given_up_at_once(
     assert is_well(server, engine)
 
 
+def test_a_stream_that_breaks_costs_its_connection_alone(server: Server, engine: FakeEngine) -> None:
+    engine.hold()
+    with asked(server, engine) as (sock, answer), asked(server, engine) as (other, kept):
+        answer.end(RuntimeError("broken"))
+        assert not read_all(sock).endswith(b"0\r\n\r\n")
+        kept.say("still here")
+        read_until(other, b"still here")
+    assert answer.cancelled.is_set()
+    assert is_well(server, engine)
+
+
 def test_only_the_one_that_left_is_given_up(server: Server, engine: FakeEngine) -> None:
     engine.hold()
     with asked(server, engine) as (stays, kept), asked(server, engine) as (goes, left):
@@ -378,6 +389,18 @@ def test_a_client_that_does_not_read_is_ended_with_an_error_and_others_go_on(
         *_, error = events(body_of(read_all(sleeps)))
         assert error["error"]["code"] == "slow_reader"
         assert "not read" in error["error"]["message"]
+
+
+def test_one_part_larger_than_the_bound_does_not_make_its_reader_slow(server: Server, engine: FakeEngine) -> None:
+    engine.hold()
+    with asked(server, engine, rcvbuf=4096) as (sock, answer):
+        answer.say("z" * (12 * MAX_UNREAD))
+        channel = next(iter(server._waitress.active_channels.values()))
+        wait_until(lambda: channel.total_outbufs_len > MAX_UNREAD, "more than the bound to wait for the reader")
+        answer.say("y")
+        answer.say_all()
+        chunks = events(body_of(read_all(sock)))
+    assert join(chunks)[0]["text"] == "z" * (12 * MAX_UNREAD) + "yabcd"
 
 
 def test_streams_that_outlast_the_grace_are_told_and_ended(app: Flask, engine: FakeEngine) -> None:
