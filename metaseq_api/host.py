@@ -1,7 +1,7 @@
 """One rank's life: check, meet the others, read its slice of the weights, then serve (rank 0) or follow.
 
 The one library module that knows all the others: it puts them together and holds no logic of theirs. Started by
-`launch.child` or, under srun and torchrun, by the door itself.
+`launch.child` or, under srun and torchrun, by the door itself; `resident` puts the same together without the service.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
         device=ready.device,
         timeout_s=settings.timeout_s,
     )
-    try:
+    with explained(rank, ready.device):
         worker = load(ready, context, settings)
         channel = Channel(context)
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
@@ -84,16 +85,23 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
         else:
             assert sock is not None
             code = serve(settings, ready, worker, channel, sock)
+    leave(context)
+    return code
+
+
+@contextlib.contextmanager
+def explained(rank: RankInfo, device: torch.device) -> Iterator[None]:
+    """Tell what torch raises in the words of `errors`. Raises: MemoryTooSmall, RankFailed."""
+    try:
+        yield
     except torch.OutOfMemoryError as e:
         raise MemoryTooSmall(
-            f"rank {rank.rank} ran out of memory on {ready.device} ({str(e).splitlines()[0]}); "
+            f"rank {rank.rank} ran out of memory on {device} ({str(e).splitlines()[0]}); "
             "split the model further (--model-parallel), or take a smaller --max-batch-tokens"
         ) from e
     except RuntimeError as e:  # what torch.distributed raises where a peer is lost
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}") from e
-    leave(context)
-    return code
 
 
 def prepare(settings: Settings, rank: RankInfo) -> Prepared:

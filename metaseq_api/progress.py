@@ -26,7 +26,7 @@ def progress_bar(verb: str, clock: Callable[[], float] = time.monotonic) -> Iter
     with contextlib.ExitStack() as stack:
 
         def begin(total: int) -> Progress:
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() or "ipykernel" in sys.modules:  # a notebook shows a bar, though it is no terminal
                 bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=verb))
                 return lambda done: bar.update(done)
             return _Lines(verb, total, clock).update

@@ -265,6 +265,20 @@ def _checked(field: str, value: Any, where: str) -> Any:
         raise SettingsError(f"{where} is {value!r}; it must be {e}") from None
 
 
+def given(values: Mapping[str, Any]) -> Settings:
+    """Settings from a caller's own words (by field name; None means not given), and from no file.
+
+    Raises: SettingsError.
+    """
+    chosen = {field: _checked(field, value, field) for field, value in values.items() if value is not None}
+    return Settings(**chosen, demo="checkpoint" not in chosen)
+
+
+def api_key() -> str | None:
+    """The key that this user's clients show to a server: $METASEQ_API_KEY."""
+    return os.environ.get(ENV_API_KEY) or None
+
+
 def load(
     flags: Mapping[str, Any], *, constants: str | None = None, cwd: Path | None = None
 ) -> tuple[Settings, list[str]]:
@@ -279,7 +293,7 @@ def load(
     for field, value in flags.items():
         if value is not None:
             values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
-    values["api_key"] = os.environ.get(ENV_API_KEY) or None
+    values["api_key"] = api_key()
     values["demo"] = "checkpoint" not in values
     chosen = dataclasses.replace(Settings(), **values)
     if chosen.cache_list_size and not chosen.cache_size:

@@ -16,7 +16,7 @@ def open_checkpoint(path: Path) -> Checkpoint | WholeCheckpoint:
     Raises: CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt, naming the file.
     """
     folder = path if path.is_dir() else path.parent
-    if path.suffix != ".pt" or not path.is_file():
+    if path.is_dir() or path.exists() != (path.suffix == ".pt"):  # not a .pt file, and not a name of nothing
         if hugging_face.is_hugging_face(folder):
             return hugging_face.open_hugging_face(folder)
         if dcp.is_dcp(folder):

@@ -87,6 +87,9 @@ class SamplingParams:
     omega_bound: float = 0.3
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if not isinstance(stop, tuple):  # a caller's list, or a single string, which is no sequence of letters
+            object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             _check(value is None or least <= value <= most, name, value, f"between {least} and {most}")

@@ -6,6 +6,8 @@ Knows torch.distributed. Does not know models, or how the processes were started
 from __future__ import annotations
 
 import datetime
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,12 @@ import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(minutes=10)
 """How long a rank waits for the others to start; nodes of one job may come minutes apart."""
+LOOK = datetime.timedelta(seconds=1)
+"""How often a rank that waits for others looks whether they live."""
+
+
+def _trust() -> None:
+    """The others live: whoever started them ends this rank too if one does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,27 +68,36 @@ class ParallelContext:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.control)
         return int(smallest)
 
-    def wait_for_all(self, what: str, *, timeout_s: float) -> None:
+    def wait_for_all(self, what: str, *, timeout_s: float, check: Callable[[], None] = _trust) -> None:
         """Return once every rank has come here; unlike a collective, ranks may arrive minutes apart.
 
-        Units: seconds. Raises: torch.distributed.DistStoreError after timeout_s.
+        `check` as in `join`. Units: seconds. Raises: torch.distributed.DistStoreError after timeout_s.
         """
         if self.tensor_size > 1:
-            self.store.set(f"{what}/{self.rank}", "1")
-            self.store.wait([f"{what}/{r}" for r in range(self.tensor_size)], datetime.timedelta(seconds=timeout_s))
+            _wait(self.store, what, self.rank, self.tensor_size, timeout_s, check)
 
 
-def join(*, rank: int, world_size: int, init: str, device: torch.device, timeout_s: float) -> ParallelContext:
+def join(
+    *,
+    rank: int,
+    world_size: int,
+    init: str,
+    device: torch.device,
+    timeout_s: float,
+    check: Callable[[], None] = _trust,
+) -> ParallelContext:
     """Meet the other ranks at `init` (file:///path, tcp://host:port or agent://host:port) and form the groups.
 
+    `check` is called every second while others are waited for; what it raises ends the waiting. It is for a rank that
+    nobody would kill if another is lost.
     Units: timeout_s seconds, after which a collective gives a lost rank up.
     """
     if world_size == 1:
         return ParallelContext(device=device)
     timeout = datetime.timedelta(seconds=timeout_s)
     store = _store(init, rank, world_size)
-    store.set(f"here/{rank}", "1")  # gloo's own patience is timeout_s, and ranks may start minutes apart
-    store.wait([f"here/{r}" for r in range(world_size)], PATIENCE)
+    # gloo's own patience is timeout_s, and ranks may start minutes apart
+    _wait(store, "here", rank, world_size, PATIENCE.total_seconds(), check)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return ParallelContext(
@@ -93,9 +110,21 @@ def join(*, rank: int, world_size: int, init: str, device: torch.device, timeout
     )
 
 
+def _wait(store: Any, what: str, rank: int, world_size: int, timeout_s: float, check: Callable[[], None]) -> None:
+    store.set(f"{what}/{rank}", "1")
+    keys, deadline = [f"{what}/{r}" for r in range(world_size)], time.monotonic() + timeout_s
+    while not store.check(keys):
+        check()
+        try:
+            store.wait(keys, LOOK)
+        except RuntimeError:  # not yet; each kind of store has its own class for it
+            if time.monotonic() > deadline:
+                raise
+
+
 def leave(context: ParallelContext) -> None:
     """Part from the other ranks."""
-    if context.tensor_size > 1:
+    if context.tensor_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -73,6 +73,12 @@ def test_the_folder_may_be_named_by_a_file_in_it(name: str, tmp_path: Path) -> N
     assert open_checkpoint(tmp_path / name).layout == "Hugging Face, safetensors"
 
 
+def test_a_name_of_nothing_in_the_folder_is_not_the_folder(tmp_path: Path) -> None:
+    tiny_opt("pre-norm").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointNotFound, match="nowhere"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("variant", ["pre-norm", "350m"])
 def test_a_model_saved_without_its_head_is_read(variant: str, tmp_path: Path) -> None:
     model = tiny_opt(variant)
