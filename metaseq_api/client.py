@@ -23,11 +23,10 @@ PATH = "/v1/completions"
 TRIES = 6
 """How often a question is asked that a busy server refuses with 429."""
 LONGEST_WAIT_S = 30.0
-_CLASSES = {
-    c.status: c
-    for c in vars(errors).values()
-    if isinstance(c, type) and issubclass(c, RequestError) and c is not RequestError
-}
+_REFUSALS = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, RequestError)]
+_BY_CODE = {c.code: c for c in _REFUSALS}
+_BY_STATUS = {c.status: c for c in _REFUSALS} | {429: Overloaded, 400: RequestError}
+"""Where another server, a proxy say, answers with a code of its own."""
 
 
 class Client:
@@ -110,7 +109,8 @@ class Client:
                     break
                 raw = response.read()
                 error = _error(response.status, _object(raw)) if _object(raw) else self._strange(response)
-                if not isinstance(error, Overloaded) or not left or self._closed:
+                busy = response.status == 429 and isinstance(error, RequestError) and error.worth_retrying
+                if not busy or not left or self._closed:
                     raise error
                 self._sleep(_seconds(response.headers.get("Retry-After")))
             yield response
@@ -142,9 +142,10 @@ def _error(status: int, body: dict[str, Any] | None) -> MetaseqApiError:
     told = (body or {}).get("error")
     told = told if isinstance(told, dict) else {}
     says = str(told.get("message") or f"the server answered {status}")
-    if (status >= 500 and status not in _CLASSES) or (not status and told.get("type") == "server_error"):
+    if (status >= 500 and status not in _BY_STATUS) or (not status and told.get("type") == "server_error"):
         return MetaseqApiError(says)
-    return _CLASSES.get(status, RequestError)(says, param=told.get("param"), code=told.get("code"))
+    kind = _BY_CODE.get(str(told.get("code")), _BY_STATUS.get(status, RequestError))
+    return kind(says, param=told.get("param"), code=told.get("code"))
 
 
 def _seconds(retry_after: str | None) -> float:
