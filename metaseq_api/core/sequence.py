@@ -29,6 +29,11 @@ class Sequence:
     prompt_len: int
     group: int = 0
     """The request it belongs to; requests take turns."""
+    tenant: str = ""
+    """Whose key it came with; tenants share what is computed by `weight`."""
+    weight: float = 1.0
+    priority: int = 0
+    """Within a tenant the lowest comes first."""
     token_ids: list[int]
     params: SamplingParams
     max_len: int

@@ -3,7 +3,8 @@
 The rules, in their order:
 1. every running sequence whose prompt is in the cache gets its one token;
 2. running sequences whose prompt is not, then waiting ones, get what is left of the step's budget of tokens, in chunks;
-   requests take turns: the one with fewest sequences running comes first, of equals the one that came first;
+   tenants share what is computed by weight (`fair`); of one tenant's requests the lowest priority comes first; of equal
+   ones the one with fewest sequences running, then the one that came first;
 3. where blocks run out, the youngest running sequence gives its blocks back and waits at the head of the queue (its
    tokens are kept and computed again), so that the oldest always gets on;
 4. a sequence starts with the full blocks of its head that the cache has, whoever computed them; where most of what is
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from metaseq_api.core import Batch, BatchItem, Sequence, Status
 from metaseq_api.scheduling.blocks import BlockPool, block_key
+from metaseq_api.scheduling.fair import FairQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,8 @@ class Scheduler:
         self._max_tokens = max_batch_tokens
         self._max_size = max_batch_size
         self._preempted: deque[Sequence] = deque()
-        self._waiting: dict[int, deque[Sequence]] = {}  # by request, in order of arrival
+        self._waiting: dict[int, deque[Sequence]] = {}  # by request
+        self._turns: FairQueue[int] = FairQueue()  # of these requests
         self._running: list[Sequence] = []  # oldest first
         self._coming: dict[bytes, Sequence] = {}  # keys of prompt blocks that are being computed, and for whom
 
@@ -62,6 +65,8 @@ class Scheduler:
         """Queue a sequence, which must fit into the pool when it is alone."""
         assert self.pool.blocks_for(seq.max_len) <= self.pool.num_blocks
         self._waiting.setdefault(seq.group, deque()).append(seq)
+        if seq.group not in self._turns:
+            self._turns.push(seq.group, tenant=seq.tenant, weight=seq.weight, priority=seq.priority)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it stands; its blocks are free at once. Harmless when it is out already."""
@@ -111,6 +116,7 @@ class Scheduler:
         for seq, item in zip(step.sequences, step.batch.items, strict=True):
             if seq.status is Status.RUNNING:
                 seq.num_cached += item.num_tokens
+                self._turns.charge(seq.tenant, item.num_tokens)
                 if self._by_content and item.start < seq.prompt_len:
                     self._keep(seq, min(seq.num_cached, seq.prompt_len))
                 if seq.seq_id in tokens:
@@ -152,11 +158,16 @@ class Scheduler:
         if not self._waiting:  # as in most steps
             return None
         running = Counter(s.group for s in self._running)
-        best: Sequence | None = None
-        for group, queue in self._waiting.items():
-            if best is None or running[group] < running[best.group]:
-                best = next((s for s in queue if not _waits_for_leader(s)), best)
-        return best
+        for groups in self._turns.turns():
+            best: Sequence | None = None
+            for group in groups:
+                if best is None or running[group] < running[best.group]:
+                    best = next((s for s in self._waiting[group] if not _waits_for_leader(s)), best)
+                    if best is not None and not running[best.group]:
+                        return best
+            if best is not None:
+                return best
+        return None
 
     def _admit(self, seq: Sequence) -> bool:
         """Start a sequence if the blocks of all its tokens are free (minus those it shares); else leave it."""
@@ -164,6 +175,8 @@ class Scheduler:
         needed = self.pool.blocks_for(len(seq.token_ids)) - len(shared)
         if needed > self.pool.num_free_beside(shared):
             return False
+        if seq.group in self._turns:
+            self._turns.take_turn(seq.group)
         self._leave_queue(seq)
         self.pool.share(shared)
         seq.block_ids = list(shared)
@@ -237,6 +250,7 @@ class Scheduler:
             queue.remove(seq)
             if not queue:
                 del self._waiting[seq.group]
+                self._turns.remove(seq.group)
 
     def _release(self, seq: Sequence) -> None:
         """Let go of a sequence's blocks; what it generated can now be found too."""

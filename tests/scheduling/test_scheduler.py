@@ -111,6 +111,48 @@ def test_requests_take_turns_so_that_a_short_one_does_not_wait_for_a_strangers_b
     assert set(started) & {2, 3}
 
 
+def of(tenant: str, i: int, *, weight: float = 1.0, priority: int = 0, prompt_len: int = 4) -> Sequence:
+    """A request of its own, with a prompt of its own."""
+    q = seq(i, prompt_len, max_tokens=1, group=i)
+    q.tenant, q.weight, q.priority = tenant, weight, priority
+    return q
+
+
+def test_tenants_share_what_is_computed_by_their_weights() -> None:
+    s = scheduler(tokens=4, size=1)
+    for i in range(80):
+        s.add(of("paying", i, weight=3))
+        s.add(of("guest", 100 + i))
+    served = [run(s).sequences[0].tenant for _ in range(80)]
+    assert served.count("paying") in range(59, 62)
+
+
+def test_a_tenant_that_sends_long_prompts_gets_fewer_turns() -> None:
+    s = scheduler(tokens=16, size=1)
+    for i in range(40):
+        s.add(of("long", i, prompt_len=12))
+        s.add(of("short", 100 + i, prompt_len=4))
+    served = [run(s).sequences[0].tenant for _ in range(40)]
+    assert served.count("short") in range(29, 32)
+
+
+def test_a_thousand_requests_of_one_tenant_do_not_delay_the_first_of_another() -> None:
+    s = scheduler(tokens=4, size=1)
+    for i in range(1000):
+        s.add(of("greedy", i))
+    for _ in range(20):
+        run(s)
+    s.add(of("modest", 1000))
+    assert "modest" in [run(s).sequences[0].tenant for _ in range(2)]
+
+
+def test_the_lowest_priority_of_a_tenant_comes_first_but_not_before_another_tenants_turn() -> None:
+    s = scheduler(tokens=4, size=1)
+    for i, (tenant, priority) in enumerate((("a", 0), ("a", -5), ("b", 100), ("a", 5))):
+        s.add(of(tenant, i, priority=priority))
+    assert [run(s).sequences[0].seq_id for _ in range(4)] == [1, 2, 0, 3]
+
+
 def test_a_full_pool_makes_the_request_wait() -> None:
     s = scheduler(num_blocks=5, block_size=4)
     s.add(seq(0, 12, max_tokens=4))
