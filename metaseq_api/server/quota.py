@@ -75,6 +75,10 @@ class Charge:
                     self._account.tokens.take(min(self.num_used - self.num_tokens, 0), self._quotas.clock())
 
 
+MAX_CONCURRENCY = 512
+"""Of a key that has no limit of its own: half of the connections, so that there is always room for another key's."""
+
+
 class Quotas:
     """The accounts of all keys; any thread may ask."""
 
@@ -103,10 +107,10 @@ class Quotas:
         """
         with self.lock:
             now, account = self.clock(), self._account(key)
-            if key.concurrency is not None and account.num_running >= key.concurrency:
+            most = MAX_CONCURRENCY if key.concurrency is None else key.concurrency
+            if key.name and account.num_running >= most:
                 raise RateLimited(
-                    f"this key has {account.num_running} requests in work and may have {key.concurrency}; "
-                    "wait for one to end",
+                    f"this key has {account.num_running} requests in work and may have {most}; wait for one to end",
                     retry_after_s=BUSY_S,
                 )
             if (bucket := account.tokens) is not None:

@@ -24,8 +24,6 @@ from metaseq_api.errors import PortInUse, SettingsError
 from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
 
-DEFAULT_THREADS = 272
-"""A full batch of single-prompt requests (Settings.max_batch_size) and some for /health; idle ones cost little."""
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
 IDLE_S = 120
@@ -91,7 +89,7 @@ class Server:
     Raises: PortInUse where another program began to listen on the socket's port first.
     """
 
-    def __init__(self, app: Flask, sock: socket.socket, *, threads: int = DEFAULT_THREADS) -> None:
+    def __init__(self, app: Flask, sock: socket.socket, *, threads: int | None = None) -> None:
         self._sock = sock
         self._closing: threading.Event = app.extensions[CLOSING]
         host, port = sock.getsockname()[:2]
@@ -99,7 +97,7 @@ class Server:
             self._waitress = create_server(
                 app,
                 sockets=[sock],
-                threads=threads,
+                threads=threads or _connection_limit(),  # one for each: no request waits for a thread, unseen by limits
                 ident="metaseq-api",
                 asyncore_use_poll=True,
                 backlog=CONNECTION_LIMIT,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from metaseq_api.core import Request, SamplingParams
 from metaseq_api.errors import QuotaExceeded, RateLimited
 from metaseq_api.server.key_file import make_key
-from metaseq_api.server.quota import Bucket, Quotas, cost
+from metaseq_api.server.quota import MAX_CONCURRENCY, Bucket, Quotas, cost
 
 
 class Clock:
@@ -126,3 +126,13 @@ def test_in_no_span_does_more_get_through_than_a_minute_holds_and_refills(
             now += bucket.wait_s(amount, now) + 1e-6
             assert bucket.wait_s(amount, now) < 1e-3, "the wait that was told is enough"
     assert passed <= per_minute * (1 + now / 60) + 1e-6
+
+
+def test_a_key_without_a_limit_of_its_own_leaves_room_for_others() -> None:
+    quotas, key = Quotas(Clock()), make_key("a", "x" * 20)
+    charges = [quotas.admit(key, 1) for _ in range(MAX_CONCURRENCY)]
+    with pytest.raises(RateLimited, match="wait for one to end"):
+        quotas.admit(key, 1)
+    quotas.admit(make_key("b", "y" * 20), 1)
+    charges[0].settle()
+    quotas.admit(key, 1)
