@@ -221,15 +221,27 @@ class Tokenizer:
 
         An empty token gets the index of the unfinished character it interrupts, or of the one to come.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        num_chars, out = 0, []
-        for raw in map(self.token_bytes, ids):
-            num_chars += len(decoder.decode(raw[:1]))
-            # the byte ended the last character, or is the last of those held back; these may prove to be two characters
-            held = len(decoder.getstate()[0].decode("utf-8", "replace"))
-            out.append(num_chars + held - (1 if held or raw else 0))
-            num_chars += len(decoder.decode(raw[1:]))
-        return out
+        offsets = StreamOffsets(self)
+        return [offsets.push(token_id) for token_id in ids]
+
+
+class StreamOffsets:
+    """Tells one token at a time what `Tokenizer.offsets` tells of all."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0
+
+    def push(self, token_id: int) -> int:
+        """The index of the character that this token's first byte belongs to."""
+        raw, decoder = self._tokenizer.token_bytes(token_id), self._decoder
+        self._num_chars += len(decoder.decode(raw[:1]))
+        # the byte ended the last character, or is the last of those held back; these may prove to be two characters
+        held = len(decoder.getstate()[0].decode("utf-8", "replace"))
+        offset = self._num_chars + held - (1 if held or raw else 0)
+        self._num_chars += len(decoder.decode(raw[1:]))
+        return offset
 
 
 class StreamDecoder:

@@ -3,13 +3,13 @@
 request    what a client asked           (Request, SamplingParams)
 sequence   one prompt being continued    (Sequence; the Scheduler alone changes it)
 batch      the order for one step        (Batch, BatchItem)
-completion what goes back                (Completion, FinishReason, TokenLogprobs)
+completion what goes back                (Completion, Delta, FinishReason, TokenLogprobs)
 config     the shape of a model          (ModelConfig)
 protocols  how the server sees the engine (EngineProtocol, Answer)
 """
 
 from metaseq_api.core.batch import Batch, BatchItem
-from metaseq_api.core.completion import Completion, FinishReason, TokenLogprobs
+from metaseq_api.core.completion import Completion, Delta, FinishReason, TokenLogprobs
 from metaseq_api.core.config import ModelConfig
 from metaseq_api.core.protocols import Answer, EngineProtocol, Health
 from metaseq_api.core.request import Request, SamplingParams
@@ -20,6 +20,7 @@ __all__ = [
     "Batch",
     "BatchItem",
     "Completion",
+    "Delta",
     "EngineProtocol",
     "FinishReason",
     "Health",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 
 class FinishReason(str, Enum):
@@ -28,6 +30,27 @@ class TokenLogprobs:
     top_logprobs: tuple[dict[str, float] | None, ...] | None
     text_offset: tuple[int, ...]
 
+    @staticmethod
+    def joined(lists: Seq[TokenLogprobs]) -> TokenLogprobs:
+        """Those of one text after another, of which there is at least one."""
+        tops = [x.top_logprobs for x in lists if x.top_logprobs is not None]
+        return TokenLogprobs(
+            tokens=tuple(chain.from_iterable(x.tokens for x in lists)),
+            token_logprobs=tuple(chain.from_iterable(x.token_logprobs for x in lists)),
+            top_logprobs=tuple(chain.from_iterable(tops)) if tops else None,
+            text_offset=tuple(chain.from_iterable(x.text_offset for x in lists)),
+        )
+
+    def after(self, num: int) -> TokenLogprobs:
+        """The lists without their first `num` entries."""
+        top = self.top_logprobs
+        return TokenLogprobs(
+            tokens=self.tokens[num:],
+            token_logprobs=self.token_logprobs[num:],
+            top_logprobs=None if top is None else top[num:],
+            text_offset=self.text_offset[num:],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -45,3 +68,19 @@ class Completion:
     num_tokens: int
     logprobs: TokenLogprobs | None = None
     cumulative_logprob: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What was added to one sample of a streamed request; all of them, joined in order, are its Completion.
+
+    `text` is final: no stop string can take it back, no character in it is unfinished. num_tokens counts the generated
+    tokens it stands for; these may come before their text. finish_reason is that of the sample's last delta alone.
+    """
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None

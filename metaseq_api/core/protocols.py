@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
-from metaseq_api.core.completion import Completion
+from metaseq_api.core.completion import Completion, Delta
 from metaseq_api.core.request import Request
 
 
@@ -31,6 +32,29 @@ class Answer(Protocol):
 
         Units: timeout in seconds. Raises: RequestError, EngineStopped, TimeoutError.
         """
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is complete, or failed: what `take` then returns is the last."""
+        ...
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Streamed: have `wake` called, at most once a step, when there is something to take or the answer has ended.
+
+        The engine's thread calls it: it must neither block nor fail. It is called at once where something is there.
+        """
+        ...
+
+    def take(self) -> list[Delta]:
+        """Streamed: what came since the last call, without waiting; [] where nothing did.
+
+        Raises: as `result`, once everything that came before the failure was taken.
+        """
+        ...
+
+    def events(self) -> Iterator[Delta]:
+        """Streamed: every delta, waiting for each; for one thread that has nothing else to do. Raises: as `result`."""
         ...
 
     def cancel(self) -> None:

@@ -99,10 +99,20 @@ class SamplingParams:
 class Request:
     """One client's question: prompts (token ids; the engine puts </s> in front where it is not) and how to continue.
 
-    `user` is carried for the log.
+    `user` is carried for the log. Of a streamed request the engine tells every token as soon as it is final.
     """
 
     request_id: str
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     user: str | None = None
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        n = self.params.n
+        _check(
+            not self.stream or self.params.num_samples == n,
+            "best_of",
+            self.params.best_of,
+            f"n ({n}) or left out in a stream: which samples are the best is known when all have ended",
+        )

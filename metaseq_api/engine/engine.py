@@ -20,11 +20,12 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from metaseq_api.core import FinishReason, Health, Request, Sequence
+from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.sampler import Sampler, Scored
+from metaseq_api.engine.teller import Teller
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.track import Track
 from metaseq_api.engine.worker import Worker
@@ -63,6 +64,7 @@ class Engine:
         self._tracks: dict[int, Track] = {}
         self._leaders: dict[tuple[Ticket, int], Track] = {}
         self._by_ticket: dict[Ticket, list[Track]] = {}
+        self._told: set[Ticket] = set()
         self._num_queued = 0
         self._lock = threading.Lock()
         self._next_id = 0
@@ -161,10 +163,12 @@ class Engine:
     def turn(self) -> None:
         """One turn: take in what came, run a step. Waits where there is nothing to do."""
         self._take_in()
+        self._notify()  # of echoes, before the step
         step = self._scheduler.schedule()
         if step is not None:
             with torch.inference_mode():
                 self._run(step)
+        self._notify()
 
     def _take_in(self) -> None:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
@@ -198,9 +202,11 @@ class Engine:
         for track in tracks:
             if request.params.max_tokens == 0 and request.params.logprobs is None:
                 self._answer(track)  # an echo: nothing to compute
-            else:
-                self._tracks[track.seq.seq_id] = track
-                self._scheduler.add(track.seq)
+                continue
+            self._tracks[track.seq.seq_id] = track
+            self._scheduler.add(track.seq)
+            if track.teller is not None and request.params.logprobs is None:
+                self._tell(track, track.teller.tell())  # an echo
 
     def _track(self, ticket: Ticket, prompt_index: int, sample_index: int, prompt: list[int]) -> Track:
         params = ticket.request.params
@@ -230,7 +236,9 @@ class Engine:
             stop=StopChecker(params.stop),
             decoder=StreamDecoder(self._tokenizer),
         )
-        self._leaders.setdefault((ticket, prompt_index), track)
+        leader = self._leaders.setdefault((ticket, prompt_index), track)
+        if ticket.request.stream:
+            track.teller = Teller(track, leader)
         return track
 
     def _run(self, step: Step) -> None:
@@ -255,6 +263,8 @@ class Engine:
                 track.take(scored, EOS_ID)
                 if track.reason is not None:
                     self._answer(track)
+                elif track.teller is not None:
+                    self._tell(track, track.teller.tell())
         for seq in step.sequences:
             if seq.params.max_tokens == 0 and seq.num_cached == seq.prompt_len and seq.seq_id in self._tracks:
                 self._answer(self._tracks[seq.seq_id])
@@ -291,9 +301,23 @@ class Engine:
         self._scheduler.finish(track.seq)
         self._tracks.pop(track.seq.seq_id, None)
         track.reason = track.reason or FinishReason.LENGTH
-        track.ticket.add(track.completion(self._leaders[track.ticket, track.prompt_index]))
+        completion = track.completion(self._leaders[track.ticket, track.prompt_index])
+        if track.teller is not None:
+            self._tell(track, track.teller.tell_rest(completion))
+        track.ticket.add(completion)
         if track.ticket.ended:
             self._drop(track.ticket)
+
+    def _tell(self, track: Track, delta: Delta | None) -> None:
+        if delta is not None:
+            track.ticket.push(delta)
+            self._told.add(track.ticket)
+
+    def _notify(self) -> None:
+        """Wake those that stream, when nothing of this turn is left to do: they compete for the interpreter."""
+        for ticket in self._told:
+            ticket.notify()
+        self._told.clear()
 
     def _give_up(self, ticket: Ticket) -> None:
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
@@ -311,6 +335,7 @@ class Engine:
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""
+        self._notify()
         for ticket in list(self._by_ticket):
             ticket.fail(EngineStopped(self._stopped))
             self._drop(ticket)

@@ -1,14 +1,16 @@
-"""The one answer to one admitted Request: filled by the engine's thread, waited for by another.
+"""The one answer to one admitted Request: filled by the engine's thread, waited for, or taken bit by bit, by another.
 
 Knows when a request is complete and in which order its completions go back. Does not know how they came about.
+Deltas wait here for their reader: no more than the whole answer would be, however slow it is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
-from metaseq_api.core import Completion, Request
+from metaseq_api.core import Completion, Delta, Request
 from metaseq_api.errors import MetaseqApiError
 
 
@@ -21,6 +23,8 @@ class Ticket:
         self._ended = threading.Event()
         self._completions: list[Completion] = []
         self._error: MetaseqApiError | None = None
+        self._deltas: deque[Delta] = deque()
+        self._wake: Callable[[], None] | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -39,9 +43,47 @@ class Ticket:
             raise self._error
         return self._completions
 
+    def watch(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        if self._deltas or self.ended:  # before anybody watched
+            wake()
+
+    def take(self) -> list[Delta]:
+        """Raises: what the engine ended the request with, once nothing is left."""
+        ended = self.ended  # looked at first: what comes before the end is there by then
+        taken = []
+        while self._deltas:
+            taken.append(self._deltas.popleft())
+        if ended and not taken and self._error is not None:
+            raise self._error
+        return taken
+
+    def events(self) -> Iterator[Delta]:
+        woken = threading.Event()
+        self.watch(woken.set)
+        while True:
+            woken.wait()
+            woken.clear()
+            ended = self.ended
+            taken = self.take()
+            yield from taken
+            if ended and not taken:
+                return
+            if ended:
+                woken.set()
+
     def cancel(self) -> None:
         if not self.ended:
             self._on_cancel(self)
+
+    def push(self, delta: Delta) -> None:
+        """Engine: something to stream; `notify` tells of it."""
+        self._deltas.append(delta)
+
+    def notify(self) -> None:
+        """Engine: wake whoever streams this."""
+        if self._wake is not None:
+            self._wake()
 
     def add(self, completion: Completion) -> None:
         """Engine: one more sample is done; the last one completes the answer."""
@@ -55,6 +97,7 @@ class Ticket:
         if not self.ended:
             self._error = error
             self._ended.set()
+            self.notify()
 
 
 def _best(completions: list[Completion], n: int) -> list[Completion]:

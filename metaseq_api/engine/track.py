@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from metaseq_api.core import Completion, FinishReason, Sequence, TokenLogprobs
 from metaseq_api.engine.sampler import Row, Scored
+from metaseq_api.engine.teller import Teller
 from metaseq_api.scheduling.stopping import StopChecker
 from metaseq_api.tokenizer import StreamDecoder, Tokenizer
 
@@ -37,6 +38,13 @@ class Track:
     """By position in the sequence; the first sample of a prompt keeps them for all."""
     ended_by_stop: bool = False
     reason: FinishReason | None = None
+    teller: Teller | None = None
+    """Of a streamed request."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt as the client sent it."""
+        return self.seq.token_ids[self.num_added : self.seq.prompt_len]
 
     def row(self) -> Row:
         """What the sampler must know for the next token."""
@@ -64,7 +72,7 @@ class Track:
         """Put together what goes back; `leader` is the first sample of the same prompt (perhaps this one)."""
         assert self.reason is not None
         p, tok = self.seq.params, self.tokenizer
-        prompt_ids = self.seq.token_ids[self.num_added : self.seq.prompt_len]
+        prompt_ids = self.prompt_ids
         if not self.ended_by_stop:
             self.stop.push(self.decoder.finish(), check=False)
         text = self.stop.text
@@ -87,22 +95,28 @@ class Track:
             finish_reason=self.reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=len(self.scored),
-            logprobs=self._logprobs(leader, prompt_ids, len(ids), offsets) if p.logprobs is not None else None,
+            logprobs=self._logprobs(leader, len(ids), offsets) if p.logprobs is not None else None,
             cumulative_logprob=sum(s.logprob or 0.0 for s in self.scored),
         )
 
-    def _logprobs(self, leader: Track, prompt_ids: list[int], kept: int, offsets: list[int]) -> TokenLogprobs:
-        """The lists of the kept tokens; with echo the prompt's before them.
-
-        The first prompt token has a value too, being conditioned on the </s> in front; only a </s> that the client
-        sent itself has none.
-        """
-        rows: list[Scored] = self.scored[:kept]
+    def _logprobs(self, leader: Track, kept: int, offsets: list[int]) -> TokenLogprobs:
+        """The lists of the kept tokens; with echo the prompt's before them."""
+        rows = self.scored[:kept]
         if self.seq.params.echo:
-            first = [] if self.num_added else [Scored(token_id=prompt_ids[0], logprob=None)]
-            rows = [*first, *(leader.prompt_scored[i] for i in range(1, self.seq.prompt_len)), *rows]
-        else:
-            offsets = offsets[len(prompt_ids) :]
+            return self.lists(self.prompt_rows(leader) + rows, offsets)
+        return self.lists(rows, offsets[len(self.prompt_ids) :])
+
+    def prompt_rows(self, leader: Track) -> list[Scored]:
+        """The prompt's tokens, scored.
+
+        The first one has a value too, being conditioned on the </s> in front; only a </s> that the client sent itself
+        has none.
+        """
+        first = [] if self.num_added else [Scored(token_id=self.prompt_ids[0], logprob=None)]
+        return [*first, *(leader.prompt_scored[i] for i in range(1, self.seq.prompt_len))]
+
+    def lists(self, rows: list[Scored], offsets: list[int]) -> TokenLogprobs:
+        """Scored tokens and where they begin, as they go back."""
         text = self.tokenizer.token_text
         tops = None
         if self.seq.params.logprobs:

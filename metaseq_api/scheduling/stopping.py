@@ -14,6 +14,7 @@ class StopChecker:
         self._longest = max(map(len, stop), default=0)
         self._text = ""
         self._seen = 0  # characters before which no stop string begins
+        self._held = 0  # where the part of the text that may begin a stop string begins; it only grows
         self._past = 0  # where the text ended when a stop string was last forbidden
 
     @property
@@ -40,7 +41,10 @@ class StopChecker:
     @property
     def num_safe(self) -> int:
         """Characters of the text that no later piece can take back: what a stream may send now."""
-        for at in range(max(0, len(self._text) - self._longest + 1), len(self._text)):
-            if any(s.startswith(self._text[at:]) for s in self._stop):
+        for at in range(max(self._held, len(self._text) - self._longest + 1), len(self._text)):
+            tail = self._text[at:]
+            if any(len(tail) < len(s) and s.startswith(tail) for s in self._stop):
+                self._held = at
                 return at
-        return len(self._text)
+        self._held = len(self._text)
+        return self._held

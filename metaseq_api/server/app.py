@@ -8,6 +8,7 @@ there, JSON, one line in the log. A later guard (keys, limits) is one more `befo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import logging
@@ -25,7 +26,6 @@ from werkzeug.exceptions import HTTPException
 
 from metaseq_api.core import Completion, EngineProtocol, Request
 from metaseq_api.errors import (
-    EngineStopped,
     MetaseqApiError,
     MethodNotAllowed,
     NotFound,
@@ -34,6 +34,7 @@ from metaseq_api.errors import (
     UnsupportedMediaType,
 )
 from metaseq_api.server import fields, schema
+from metaseq_api.server.stream import Stream, stopping
 from metaseq_api.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ POLL_S = 0.2
 """Units: seconds between looks at whether the client of a running request is still there."""
 CLOSING = "metaseq_api.closing"
 """Key of app.extensions: an Event; once it is set, waiting requests are given up and answered 503."""
+WHEN_GONE = "metaseq_api.when_gone"
+"""Key of a request's environ: have a function called when the client goes away. `channel` puts it there."""
+TAKE_OVER = "metaseq_api.take_over"
+"""Key of a request's environ: leave a Stream to the server, which sends it after the head of the (empty) answer."""
 COMPLETION_PATHS = (
     "/completions",
     "/v1/completions",
@@ -120,7 +125,11 @@ class _Front:
 
     def completions(self, engine: str | None = None) -> Response:
         """`engine`, a part of some paths, is not looked at: one service serves one model, as metaseq's does."""
-        request = schema.parse_completion(_read_json(), self.engine, self.settings, f"cmpl-{self.new_id()}")
+        body = _read_json()
+        request = schema.parse_completion(body, self.engine, self.settings, f"cmpl-{self.new_id()}")
+        include_usage = schema.wants_usage(body)
+        if request.stream:
+            return self._stream(request, include_usage)
         completions = self._complete(request)
         created = int(self.clock())
         answer = schema.render_completion(request, completions, model=self.engine.model_name, created=created)
@@ -168,17 +177,14 @@ class _Front:
     def _complete(self, request: Request) -> list[Completion]:
         """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
         completions = self._await(request)
-        g.said = (
-            f"{request.request_id} prompts={len(request.prompts)} n={request.params.n}"
-            f" in={sum(map(len, request.prompts))} out={sum(c.num_tokens for c in completions)}"
-            f" reason={','.join(sorted({c.finish_reason.value for c in completions}))}"
-        )
+        reasons = ",".join(sorted({c.finish_reason.value for c in completions}))
+        g.said = f"{_about(request)} out={sum(c.num_tokens for c in completions)} reason={reasons}"
         return completions
 
     def _await(self, request: Request) -> list[Completion]:
-        # waitress puts it there; under another server nobody can tell, and the answer is simply awaited
-        gone: Callable[[], bool] = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        gone = _gone()
         answer = self.engine.submit(request)
+        flask.request.environ.get(WHEN_GONE, lambda _: None)(answer.cancel)  # at once, not when it is looked for
         try:
             while True:
                 try:
@@ -187,10 +193,40 @@ class _Front:
                     if gone():
                         raise _ClientGone from None
                     if self.closing.is_set():
-                        raise EngineStopped("this server is stopping; send the request to another") from None
+                        raise stopping() from None
+                except RequestError:
+                    if gone():
+                        raise _ClientGone from None
+                    raise
         except BaseException:
             answer.cancel()
             raise
+
+    def _stream(self, request: Request, include_usage: bool) -> Response:
+        """The head of an answer whose events follow; its line in the log comes with the last of them."""
+        line = self._line(200)
+        g.said = None
+
+        def end(num_tokens: int, how: str | None) -> None:
+            line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}")
+
+        stream = Stream(
+            request,
+            self.engine.submit(request),
+            model=self.engine.model_name,
+            created=int(self.clock()),
+            include_usage=include_usage,
+            explain=functools.partial(_explain, g.http_id),
+            on_end=end,
+        )
+        take_over = flask.request.environ.get(TAKE_OVER)
+        if take_over is None:  # not our server
+            body = stream.events(_gone(), self.closing, POLL_S)
+        else:
+            take_over(stream)
+            body = iter(())
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return Response(body, mimetype="text/event-stream", headers=headers, direct_passthrough=True)
 
     # hooks
 
@@ -205,13 +241,20 @@ class _Front:
         response.headers["X-Content-Type-Options"] = "nosniff"
         if response.status_code in RETRY_AFTER:
             response.headers["Retry-After"] = RETRY_AFTER[response.status_code]
-        rule = flask.request.url_rule.rule if flask.request.url_rule else "(no route)"
-        level = logging.DEBUG if flask.request.method == "GET" and response.status_code == 200 else logging.INFO
-        took_s = time.monotonic() - g.began
-        log.log(
-            level, "%s %s %s %d %.3f s %s", g.http_id, flask.request.method, rule, response.status_code, took_s, g.said
-        )
+        if g.said is not None:
+            self._line(response.status_code)(g.said)
         return response
+
+    def _line(self, status: int) -> Callable[[str], None]:
+        """Writes the one line that this request has in the log, when it has ended; by then the request may be gone."""
+        method, http_id, began = flask.request.method, g.http_id, g.began
+        rule = flask.request.url_rule.rule if flask.request.url_rule else "(no route)"
+        level = logging.DEBUG if method == "GET" and status == 200 else logging.INFO
+
+        def write(said: str) -> None:
+            log.log(level, "%s %s %s %d %.3f s %s", http_id, method, rule, status, time.monotonic() - began, said)
+
+        return write
 
     # errors
 
@@ -234,15 +277,36 @@ class _Front:
 
     def _broken(self, error: Exception) -> Response:
         ours = error if isinstance(error, MetaseqApiError) else MetaseqApiError()
-        if isinstance(error, MetaseqApiError):
-            log.error("request %s failed: %s", g.http_id, error)
-        else:
-            log.error("request %s failed", g.http_id, exc_info=error)
         g.said = ours.code
-        says = f"something went wrong in the server; its log has the reason under request id {g.http_id}"
-        answer = _json(schema.render_error(ours, says), ours.status)
+        answer = _json(_explain(g.http_id, error), ours.status)
         answer.headers["x-should-retry"] = "false"  # to openai's client: the same request would fail again
         return answer
+
+
+def _gone() -> Callable[[], bool]:
+    """Tells whether the client of this request has left. Not where another server than waitress runs: nobody can."""
+    gone: Callable[[], bool] = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+    return gone
+
+
+def _about(request: Request) -> str:
+    """What the log says of a request; never what it asked."""
+    num_in = sum(map(len, request.prompts))
+    return f"{request.request_id} prompts={len(request.prompts)} n={request.params.n} in={num_in}"
+
+
+def _explain(http_id: str, error: Exception) -> dict[str, Any]:
+    """An error as a client may see it; of what went wrong here the log has the rest."""
+    if isinstance(error, RequestError):
+        return schema.render_error(error)
+    if isinstance(error, MetaseqApiError):
+        log.error("request %s failed: %s", http_id, error)
+        ours = error
+    else:
+        log.error("request %s failed", http_id, exc_info=error)
+        ours = MetaseqApiError()
+    says = f"something went wrong in the server; its log has the reason under request id {http_id}"
+    return schema.render_error(ours, says)
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

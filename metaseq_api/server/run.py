@@ -2,7 +2,7 @@
 
 Knows sockets, threads, limits of a connection and how to stop. Does not know the routes.
 One thread reads and writes all sockets, so that a slow or silent client costs a connection and never a thread; a thread
-of the pool is held only while a request runs.
+of the pool is held only while a request runs, and by none that streams: `channel` says how.
 """
 
 from __future__ import annotations
@@ -10,28 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import json
 import resource
 import socket
 import threading
 import time
+from collections import deque
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
 from waitress.server import create_server
-from waitress.task import ErrorTask
 
-from metaseq_api.errors import PayloadTooLarge, PortInUse, RequestError, SettingsError
+from metaseq_api.errors import PortInUse, SettingsError
 from metaseq_api.server.app import CLOSING, MAX_BODY
-from metaseq_api.server.schema import render_error
+from metaseq_api.server.channel import MAX_HEADER, Channel
 
 DEFAULT_THREADS = 272
 """A full batch of single-prompt requests (Settings.max_batch_size) and some for /health; idle ones cost little."""
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
-MAX_HEADER = 64 << 10
-"""Units: bytes."""
 IDLE_S = 120
 """Units: seconds after which a connection without a running request is closed."""
 LAST_WORDS_S = 1.0
@@ -89,35 +85,6 @@ def _connection_limit() -> int:
     return CONNECTION_LIMIT if files == resource.RLIM_INFINITY else min(CONNECTION_LIMIT, files // 2)
 
 
-def _error_of_parser(status: int, says: str) -> RequestError:
-    if status == 413:
-        return PayloadTooLarge(f"the body is longer than {MAX_BODY} bytes; send fewer prompts at once")
-    if status == 431:
-        error = RequestError(f"the headers are longer than {MAX_HEADER} bytes; shorten them", code="headers_too_large")
-    elif status == 501:
-        error = RequestError("the Transfer-Encoding is not known here; use chunked or none", code="not_implemented")
-    else:
-        error = RequestError(f"the request is not HTTP as this server reads it ({says[:200]})", code="bad_request")
-    return error
-
-
-class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
-    """What waitress refuses by itself, before the app sees it, in the shape of every other error."""
-
-    def execute(self) -> None:
-        found = self.request.error
-        body = json.dumps(render_error(_error_of_parser(found.code, str(found.body)))).encode()
-        self.status = f"{found.code} {found.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class _Channel(HTTPChannel):  # type: ignore[misc]
-    error_task_class = _JsonErrorTask
-
-
 class Server:
     """One app on one bound socket. `start` serves from a thread of its own, `run` from the caller's; `stop` from any.
 
@@ -147,7 +114,11 @@ class Server:
         except OSError as e:
             sock.close()
             raise _explain(e, host, port) from None
-        self._waitress.channel_class = _Channel
+        self._waitress.channel_class = Channel
+        self._waitress.wake = self._wake
+        self._ready: deque[Channel] = deque()
+        self._awake = False
+        self._trigger_lock = threading.Lock()
         self._stop_at: float | None = None
         self._runner: threading.Thread | None = None
         self._ended = threading.Event()
@@ -193,12 +164,27 @@ class Server:
 
     def _poll(self, timeout_s: float) -> None:
         wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._waitress._map, count=1)
+        self._awake = False  # before, not after: whoever comes while these are fed pulls the trigger again
+        while self._ready:
+            self._ready.popleft().feed()
+
+    def _wake(self, channel: Channel) -> None:
+        """Have a channel fed soon. Any thread, at any time, also when this server has ended."""
+        self._ready.append(channel)
+        if self._awake:
+            return
+        self._awake = True
+        with self._trigger_lock:  # behind a closed trigger's descriptor there may be another file by now
+            if not self._ended.is_set():
+                self._waitress.pull_trigger()
 
     def _drain(self) -> None:
         self._stop_listening()
         while self._close_idle() and time.monotonic() < (self._stop_at or 0):
             self._poll(_TICK_S)
         self._closing.set()
+        for channel in list(self._waitress.active_channels.values()):
+            channel.give_up()
         last = time.monotonic() + LAST_WORDS_S
         while self._close_idle() and time.monotonic() < last:
             self._poll(_TICK_S)
@@ -225,6 +211,7 @@ class Server:
                 channel.handle_close()  # its request, if one runs, finds the client gone
             self._stop_listening()
             self._waitress.task_dispatcher.shutdown(timeout=LAST_WORDS_S)
-            self._waitress.trigger.close()
         finally:
-            self._ended.set()
+            with self._trigger_lock:
+                self._ended.set()
+                self._waitress.trigger.close()

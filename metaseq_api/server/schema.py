@@ -43,8 +43,6 @@ _PARAMS: dict[str, Callable[[str, Any], Any]] = {
 }
 # Fields of this API's family that are not offered yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "stream_options": (),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -64,7 +62,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lambda_decay": (-1, 0),
 }
 # metaseq's page always sends omega_bound; it bounds lambda_decay alone, so with that off every number asks for nothing
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *_PARAMS, *_NEUTRAL})
+_STREAM_FIELDS = ("stream", "stream_options")
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *_STREAM_FIELDS, *_PARAMS, *_NEUTRAL})
 _GENERATE_PARAMS = ("temperature", "top_p", "top_k", "min_tokens", "seed", "stop", "logprobs", "ignore_eos")
 _GENERATE_FIELDS = frozenset({"prefix", "length", *_GENERATE_PARAMS})
 
@@ -87,7 +86,23 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     for i, ids in enumerate(prompts):
         where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
         _check_fits(ids, params.max_tokens, engine.max_seq_len, where, "max_tokens")
-    return Request(request_id=request_id, prompts=prompts, params=params, user=_read_user(body.get("user")))
+    wants_usage(body)  # refused here like every other field
+    user, stream = _read_user(body.get("user")), _read_flag("stream", body.get("stream"))
+    return Request(request_id=request_id, prompts=prompts, params=params, user=user, stream=stream)
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with its usage: `stream_options` {"include_usage": true}. Raises: RequestError."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise fields.wrong("stream_options", options, 'an object such as {"include_usage": true}')
+    if not body.get("stream"):
+        raise RequestError("stream_options is for streams; send it with stream true", param="stream_options")
+    if other := next((name for name in options if name != "include_usage"), None):
+        raise fields.wrong("stream_options", other[:40], "an object with include_usage alone")
+    return _read_flag("stream_options", options.get("include_usage"))
 
 
 def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: str) -> Request:
@@ -131,16 +146,12 @@ def render_completion(request: Request, completions: Seq[Completion], *, model: 
             {
                 "index": index,
                 "text": c.text,
-                "logprobs": None if c.logprobs is None else _render_logprobs(c.logprobs),
+                "logprobs": None if c.logprobs is None else render_logprobs(c.logprobs),
                 "finish_reason": c.finish_reason.value,
             }
             for index, c in enumerate(completions)
         ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "usage": render_usage(prompt_tokens, completion_tokens),
     }
 
 
@@ -148,7 +159,7 @@ def render_generate(prefix: str, completion: Completion) -> dict[str, Any]:
     """The answer of /generate; offsets count from the start of `text`, which has no prompt in front."""
     logprobs = completion.logprobs
     assert logprobs is not None, "parse_generate always asks for them"
-    wire = _render_logprobs(logprobs)
+    wire = render_logprobs(logprobs)
     first = logprobs.text_offset[0] if logprobs.text_offset else 0
     return {
         "text": completion.text,
@@ -175,7 +186,17 @@ def render_error(error: MetaseqApiError, message: str | None = None) -> dict[str
     }
 
 
-def _render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
+def render_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """What was read and what was generated. Units: tokens."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
+    """The four lists."""
     top = logprobs.top_logprobs
     return {
         "tokens": list(logprobs.tokens),
@@ -199,6 +220,10 @@ def _refuse_unless_neutral(name: str, value: Any, neutral: Iterable[Any]) -> Non
             param=name,
             code="unsupported_field",
         )
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    return value is not None and fields.flag(name, value)
 
 
 def _read_user(value: Any) -> str | None:

@@ -109,8 +109,8 @@ def test_openais_client_understands_every_kind_of_error(api: openai.OpenAI, engi
     with pytest.raises(openai.BadRequestError) as caught:
         api.completions.create(model="any", prompt="hi", max_tokens=1000)
     assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
-    with pytest.raises(openai.BadRequestError, match="not offered yet"):
-        api.completions.create(model="any", prompt="hi", stream=True)
+    with pytest.raises(openai.BadRequestError, match="best_of is 2"):
+        api.completions.create(model="any", prompt="hi", stream=True, best_of=2)
     with pytest.raises(openai.NotFoundError):
         api.chat.completions.create(model="any", messages=[])
     with pytest.raises(openai.APIStatusError, match="longer than") as too_large:

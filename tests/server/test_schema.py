@@ -104,7 +104,7 @@ WRONG_TYPES = {
     "ignore_eos": ["false", 0, {}],
     "model": [7, True, ["fake"], "\ud800"],
     "user": [7, {}, "x" * 257],
-    "stream": [True, "false", 1, 0],
+    "stream": ["false", 1, 0],
     "omega_bound": ["0.3", True, 1e999],
     "suffix": ["end", 0],
     "logit_bias": [{"5": 1}, []],
@@ -116,7 +116,7 @@ WRONG_TYPES = {
     "alpha_presence_src": [1],
     "alpha_frequency_src": [1],
     "alpha_src_penalty_end_idx": [3],
-    "stream_options": [{"include_usage": True}],
+    "stream_options": [[], "x", True],
     "repetition_penalty": [1.2],
     "min_p": [0.1],
     "stop_token_ids": [[2]],
@@ -148,10 +148,10 @@ def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: Fake
     assert parse({"prompt": "hi", **page_of_metaseq}, engine, settings).params == SamplingParams()
 
 
-def test_streaming_is_refused_as_not_offered_yet(engine: FakeEngine, settings: Settings) -> None:
-    error = refusal({"prompt": "hi", "stream": True}, engine, settings)
-    assert str(error) == "stream is true (a boolean), which is not offered yet; leave it out"
-    assert error.code == "unsupported_field"
+def test_a_stream_is_one_where_it_is_asked_for_alone(engine: FakeEngine, settings: Settings) -> None:
+    assert parse({"prompt": "hi", "stream": True}, engine, settings).stream
+    for body in ({"prompt": "hi"}, {"prompt": "hi", "stream": False}, {"prompt": "hi", "stream": None}):
+        assert not parse(body, engine, settings).stream
 
 
 @pytest.mark.parametrize(

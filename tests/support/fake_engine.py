@@ -2,6 +2,7 @@
 
 Id 2 is </s>; byte b is id b + 4. Sample s of a prompt starts at letter s, so that samples differ; a newline (never
 generated) cannot end it, a stop string can. Answers wait while `hold` is set; `fail_with` is raised instead of one.
+A streamed answer has a Delta for each letter, all there at once; while `hold` is set a test says what comes, and when.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import itertools
 import string
 import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
-from metaseq_api.core import Completion, FinishReason, Health, Request, TokenLogprobs
+from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, TokenLogprobs
 from metaseq_api.errors import EngineStopped
 
 FIRST_BYTE = 4
@@ -24,12 +27,56 @@ class FakeAnswer:
     def __init__(self, engine: FakeEngine, request: Request) -> None:
         self._engine, self._request = engine, request
         self.cancelled = threading.Event()
+        self._deltas: deque[Delta] = deque()
+        self._wake: Callable[[], None] | None = None
+        self.error: Exception | None = None
+        self.ended = False
+        if request.stream and engine.free.is_set():
+            self.say_all()
+
+    def say(self, text: str, index: int = 0) -> None:
+        """Have a streamed answer go on."""
+        self._deltas.append(Delta(index // self._request.params.n, index % self._request.params.n, text, len(text)))
+        self._notify()
+
+    def say_all(self) -> None:
+        """Have a streamed answer come whole, sample by sample, a letter at a time."""
+        for completion in [] if self._engine.fail_with else self._completions():
+            self._deltas.extend(letters(completion))
+        self.end(self._engine.fail_with)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Have a streamed answer end."""
+        self.error, self.ended = error, True
+        self._notify()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None:
+            self._wake()
+
+    def take(self) -> list[Delta]:
+        ended, taken = self.ended, []
+        while self._deltas:
+            taken.append(self._deltas.popleft())
+        if ended and not taken and self.error is not None:
+            raise self.error
+        return taken
+
+    def events(self) -> Iterator[Delta]:
+        raise NotImplementedError("the server takes")
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         if not self._engine.free.wait(timeout):
             raise TimeoutError
         if self._engine.fail_with is not None:
             raise self._engine.fail_with
+        return self._completions()
+
+    def _completions(self) -> list[Completion]:
         return [
             self._engine.complete(self._request, p, s)
             for p in range(len(self._request.prompts))
@@ -38,6 +85,25 @@ class FakeAnswer:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+
+def letters(completion: Completion) -> list[Delta]:
+    """A completion as a stream tells it; tokens are letters here."""
+    out, lists = [], completion.logprobs
+    for at, letter in enumerate(completion.text):
+        here = None
+        if lists is not None:
+            top = lists.top_logprobs
+            here = TokenLogprobs(
+                tokens=lists.tokens[at : at + 1],
+                token_logprobs=lists.token_logprobs[at : at + 1],
+                top_logprobs=None if top is None else top[at : at + 1],
+                text_offset=lists.text_offset[at : at + 1],
+            )
+        out.append(Delta(completion.prompt_index, completion.sample_index, letter, 0, None, here))
+    rest = lists and lists.after(len(completion.text))
+    num, reason = completion.num_tokens, completion.finish_reason
+    return [*out, Delta(completion.prompt_index, completion.sample_index, "", num, reason, rest)]
 
 
 class FakeEngine:
