@@ -25,3 +25,6 @@ MAX_BEAM = 16
 """Most samples (n or best_of) of one prompt."""
 CACHE_TOKENS = None
 """Tokens that the KV cache of all sequences holds. None: what memory allows, on a CPU at most 4 GiB."""
+
+METASEQ_COMPAT = False
+"""Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""

@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and completion (default: the model's window)")
     add("--max-batch-tokens", type=int, metavar="N", help="tokens fed in one step (default: 2048)")
     add("--threads", type=int, metavar="N", help="CPU threads of one rank (default: an even share of the cores)")
+    add(
+        "--metaseq-compat",
+        action="store_const",
+        const=True,
+        help="take and answer /completions as metaseq did, quirks included (docs/fields.md)",
+    )
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser

@@ -55,6 +55,8 @@ class Settings:
     """CPU threads of one rank; None: the cores divided by the ranks of this machine."""
     timeout_s: float = 30.0
     """Units: seconds without a sign of life after which a rank counts as lost."""
+    metaseq_compat: bool = False
+    """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -79,6 +81,7 @@ _NAMES: dict[str, str] = {
     "MAX_QUEUE": "max_queue",
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
+    "METASEQ_COMPAT": "metaseq_compat",
 }
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
@@ -122,6 +125,12 @@ def _text(v: Any) -> str:
     return v
 
 
+def _bool(v: Any) -> bool:
+    if not isinstance(v, bool):
+        raise TypeError("True or False")
+    return v
+
+
 def _seconds(v: Any) -> float:
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 1 <= v <= 86400:
         raise TypeError("seconds from 1 to 86400")
@@ -146,6 +155,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_queue": _int(1, 1 << 20),
     "threads": _int(1, 1024),
     "timeout_s": _seconds,
+    "metaseq_compat": _bool,
 }
 
 

@@ -62,6 +62,12 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
     assert (found.port, found.max_seq_len) == (8000, 100)
 
 
+def test_metaseqs_quirks_are_off_unless_asked_for(tmp_path: Path) -> None:
+    assert not settings.load({"metaseq_compat": None}, cwd=tmp_path)[0].metaseq_compat
+    constants(tmp_path, "METASEQ_COMPAT = True")
+    assert settings.load({"metaseq_compat": None}, cwd=tmp_path)[0].metaseq_compat
+
+
 def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.ENV_CONSTANTS, str(constants(tmp_path, "DEFAULT_PORT = 7001")))
     assert settings.load({}, cwd=ROOT)[0].port == 7001
@@ -74,6 +80,7 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("DEFAULT_PORT = '6010'", "DEFAULT_PORT is '6010'; it must be a whole number"),
         ("MODEL_PARALLEL = True", "MODEL_PARALLEL is True; it must be a whole number"),
         ("MODEL_PARALLEL = 8\nTOTAL_WORLD_SIZE = 16", "TOTAL_WORLD_SIZE is 16 but MODEL_PARALLEL is 8"),
+        ("METASEQ_COMPAT = 1", "METASEQ_COMPAT is 1; it must be True or False"),
         ("DTYPE = 'float16'", "DTYPE is 'float16'; it must be one of fp32, fp16, bf16"),
         ("raise RuntimeError('edit me')", "RuntimeError: edit me"),
         ("x = (", "SyntaxError"),

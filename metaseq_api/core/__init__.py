@@ -3,13 +3,13 @@
 request    what a client asked           (Request, SamplingParams)
 sequence   one prompt being continued    (Sequence; the Scheduler alone changes it)
 batch      the order for one step        (Batch, BatchItem)
-completion what goes back                (Completion, Delta, FinishReason, TokenLogprobs)
+completion what goes back                (Completion, Delta, FinishReason, RankedToken, TokenLogprobs)
 config     the shape of a model          (ModelConfig)
 protocols  how the server sees the engine (EngineProtocol, Answer)
 """
 
 from metaseq_api.core.batch import Batch, BatchItem
-from metaseq_api.core.completion import Completion, Delta, FinishReason, TokenLogprobs
+from metaseq_api.core.completion import Completion, Delta, FinishReason, RankedToken, TokenLogprobs
 from metaseq_api.core.config import ModelConfig
 from metaseq_api.core.protocols import Answer, EngineProtocol, Health
 from metaseq_api.core.request import Request, SamplingParams
@@ -25,6 +25,7 @@ __all__ = [
     "FinishReason",
     "Health",
     "ModelConfig",
+    "RankedToken",
     "Request",
     "SamplingParams",
     "Sequence",

@@ -52,11 +52,23 @@ class TokenLogprobs:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RankedToken:
+    """A token as text, its log-probability, and its rank at its place: 1 for the likeliest."""
+
+    text: str
+    logprob: float
+    rank: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One finished continuation. `text` has the prompt in front where echo was asked for, and never a stop string.
+    """One finished continuation. `text` has the prompt in front where echo was asked for, and a stop string only
+    where include_stop_str_in_output was.
 
     num_prompt_tokens leaves out the </s> that the engine puts in front; num_tokens counts what was generated.
+    mean_logprob: what best_of ranks by; over the generated tokens and the </s> that ended them, so that an empty text
+    is judged too. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client itself sent.
     """
 
     prompt_index: int
@@ -67,7 +79,8 @@ class Completion:
     num_prompt_tokens: int
     num_tokens: int
     logprobs: TokenLogprobs | None = None
-    cumulative_logprob: float = 0.0
+    mean_logprob: float = 0.0
+    prompt_logprobs: tuple[dict[int, RankedToken] | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

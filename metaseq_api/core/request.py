@@ -5,7 +5,6 @@ Knows the ranges that hold for any model. Does not know text, HTTP, or the limit
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from metaseq_api.errors import RequestError
@@ -16,6 +15,28 @@ MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP = 64
 MAX_STOP_LEN = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+
+# field -> least, most; None is always allowed where it is a field's default
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "n": (1, MAX_N),
+    "alpha_presence": (-100, 100),
+    "alpha_frequency": (-100, 100),
+    "alpha_presence_src": (-100, 100),
+    "alpha_frequency_src": (-100, 100),
+    "lambda_decay": (0, 1),
+    "omega_bound": (0, 1),
+}
+_PAIRS = (("alpha_presence", "alpha_frequency"), ("alpha_presence_src", "alpha_frequency_src"))
 
 
 def _check(ok: bool, param: str, found: object, wanted: str) -> None:
@@ -27,9 +48,12 @@ def _check(ok: bool, param: str, found: object, wanted: str) -> None:
 class SamplingParams:
     """How to continue one prompt. Belongs to each sequence by itself; nothing is shared across a batch.
 
-    temperature 0 means greedy. top_k None, top_p 1.0, seed None and logprobs None mean "off". `logprobs` k asks for the
-    k likeliest tokens at each position beside the chosen one; 0 asks for the chosen one's alone.
+    Every default means "off"; docs/fields.md says of each field what it does and in which order they act.
+    temperature 0 means greedy. `logprobs` k asks for the k likeliest tokens at each position beside the chosen one; 0
+    asks for the chosen one's alone; `prompt_logprobs` asks the same of the prompt. `logit_bias` is (token id, bias).
     `ignore_eos` forbids the end-of-text token for the whole length, so that exactly max_tokens come back.
+    The alpha fields, lambda_decay (None: off) and omega_bound are metaseq's; alpha_src_penalty_end_idx counts tokens of
+    the source, the </s> in front included (None: all of them).
 
     Raises: RequestError naming the field.
     """
@@ -39,50 +63,63 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     n: int = 1
     best_of: int | None = None
     echo: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    alpha_presence: float = 0.0
+    alpha_frequency: float = 0.0
+    alpha_presence_src: float = 0.0
+    alpha_frequency_src: float = 0.0
+    alpha_src_penalty_end_idx: int | None = None
+    lambda_decay: float | None = None
+    omega_bound: float = 0.3
 
     def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            _check(value is None or least <= value <= most, name, value, f"between {least} and {most}")
+        self._check_counts()
+        self._check_ends()
+        for one, other in _PAIRS:  # metaseq applies a pair only where one of the two is above 0
+            low, high = sorted((getattr(self, one), getattr(self, other)))
+            name = one if getattr(self, one) == low else other
+            wanted = "0 or more unless its partner is above 0; presence_penalty takes rewards"
+            _check(low >= 0 or high > 0, name, low, wanted)
+
+    def _check_counts(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")
-        _check(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"between 0 and max_tokens ({self.max_tokens})",
-        )
-        _check(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "between 0 (greedy) and 100",
-        )
-        _check(0 <= self.top_p <= 1, "top_p", self.top_p, "between 0 and 1")
+        most = f"between 0 and max_tokens ({self.max_tokens})"
+        _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, most)
         _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more, or null for off")
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer, or null")
-        _check(1 <= self.n <= MAX_N, "n", self.n, f"between 1 and {MAX_N}")
-        _check(
-            self.best_of is None or self.n <= self.best_of <= MAX_N,
-            "best_of",
-            self.best_of,
-            f"between n ({self.n}) and {MAX_N}",
-        )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"between 0 and {MAX_LOGPROBS}, or null",
-        )
+        best_of = f"between n ({self.n}) and {MAX_N}"
+        _check(self.best_of is None or self.n <= self.best_of <= MAX_N, "best_of", self.best_of, best_of)
+        end = self.alpha_src_penalty_end_idx
+        _check(end is None or end >= 1, "alpha_src_penalty_end_idx", end, "1 or more, or null for the whole source")
+
+    def _check_ends(self) -> None:
         _check(len(self.stop) <= MAX_STOP, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP} strings")
         for s in self.stop:
             _check(0 < len(s) <= MAX_STOP_LEN, "stop", s, f"strings of 1 to {MAX_STOP_LEN} characters")
-        _check(
-            self.max_tokens > 0 or self.echo, "max_tokens", 0, "1 or more, unless echo is true (to score the prompt)"
-        )
+        num = len(self.stop_token_ids)
+        _check(num <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{num} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        num = len(self.logit_bias)
+        _check(num <= MAX_LOGIT_BIAS, "logit_bias", f"{num} tokens", f"at most {MAX_LOGIT_BIAS} tokens")
+        _check(len(dict(self.logit_bias)) == num, "logit_bias", f"{num} tokens", "one bias for each token")
+        for token_id, bias in self.logit_bias:
+            _check(-100 <= bias <= 100, "logit_bias", bias, f"between -100 and 100 (token {token_id})")
 
     @property
     def greedy(self) -> bool:
@@ -93,6 +130,11 @@ class SamplingParams:
     def num_samples(self) -> int:
         """How many continuations of each prompt are computed."""
         return self.best_of or self.n
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are asked for."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

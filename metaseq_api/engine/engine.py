@@ -59,7 +59,7 @@ class Engine:
         self._worker, self._channel, self._scheduler = worker, channel, scheduler
         self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
         self._heartbeat_s = heartbeat_s
-        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, eos_id=EOS_ID, banned=[PAD_ID])
+        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID])
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self._tracks: dict[int, Track] = {}
         self._leaders: dict[tuple[Ticket, int], Track] = {}
@@ -200,7 +200,7 @@ class Engine:
                 track = self._track(ticket, p, s, list(prompt))
                 tracks.append(track)
         for track in tracks:
-            if request.params.max_tokens == 0 and request.params.logprobs is None:
+            if request.params.max_tokens == 0 and not request.params.scores_prompt:
                 self._answer(track)  # an echo: nothing to compute
                 continue
             self._tracks[track.seq.seq_id] = track
@@ -222,7 +222,7 @@ class Engine:
             params=params,
             max_len=min(len(token_ids) + params.max_tokens, self._limits.max_seq_len),
             leader=None if leader is None else leader.seq,
-            scores_prompt=leader is None and params.echo and params.logprobs is not None and len(token_ids) > 1,
+            scores_prompt=leader is None and params.scores_prompt and len(token_ids) > 1,
         )
         self._next_id += 1
         track = Track(
@@ -233,7 +233,7 @@ class Engine:
             num_added=num_added,
             tokenizer=self._tokenizer,
             rng=random.Random(seed),
-            stop=StopChecker(params.stop),
+            stop=StopChecker(params.stop, include=params.include_stop_str_in_output),
             decoder=StreamDecoder(self._tokenizer),
         )
         leader = self._leaders.setdefault((ticket, prompt_index), track)

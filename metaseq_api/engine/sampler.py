@@ -1,13 +1,16 @@
 """From logits to tokens, each row by its own parameters. Knows distributions; not sequences, text or other ranks.
 
-A row's draw depends on its logits, its parameters and one uniform number given for it, and on nothing else in the
-batch. Log-probabilities are the model's own, after temperature (as metaseq's are) and before any token is forbidden.
+A row's draw depends on its logits, its parameters, the counts of its own tokens and one uniform number given for it,
+and on nothing else in the batch. The order: logit_bias and the penalties (`penalties`), forbidden tokens, temperature,
+min_p, top_k, top_p, each on what the one before left. Log-probabilities are the model's own, after temperature (as
+metaseq's are) and before anything else of that.
 
 Shapes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import SamplingParams
+from metaseq_api.engine.penalties import Adjustment, adjust
 
 CANDIDATES = (64, 1024)
 """How many of the likeliest tokens top_p looks at first; all of them where these do not hold enough."""
@@ -24,99 +28,137 @@ COLDEST, LEAST = 1e-6, 1e-30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row to sample: its parameters, a number in [0, 1), and whether </s> may be chosen."""
+    """One row to sample: its parameters, a number in [0, 1), the top_p of this step (it may decay), the tokens that may
+    not be chosen now, and what is to be added or taken."""
 
     params: SamplingParams
     uniform: float
-    allow_eos: bool
+    top_p: float
+    forbidden: tuple[int, ...] = ()
+    adjustment: Adjustment | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A token with its log-probability (None where nobody asked), and the likeliest tokens with theirs."""
+    """A token with its log-probability (None where nobody asked), and the likeliest tokens with theirs.
+
+    rank: 1 for the likeliest; None where nobody asked.
+    """
 
     token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class Sampler:
     """Forbids `banned` ids (padding) and all from `num_tokens` on (rows that pad the vocabulary)."""
 
-    def __init__(self, *, num_tokens: int, eos_id: int, banned: Seq[int]) -> None:
+    def __init__(self, *, num_tokens: int, banned: Seq[int]) -> None:
         self._num_tokens = num_tokens
-        self._eos_id = eos_id
         self._banned = list(banned)
 
     def sample(self, logits_RV: Tensor, rows: Seq[Row]) -> list[Scored | None]:
         """Choose a token for each row; None for a row whose logits are not numbers."""
-        raw_RV = _tempered(logits_RV, [r.params for r in rows])
-        scores_RV = raw_RV[:, : self._num_tokens].clone()
+        heat = [_heat(r.params) for r in rows]
+        raw_RV = _tempered(logits_RV, heat)
+        scores_RV = raw_RV[:, : self._num_tokens].clone(memory_format=torch.contiguous_format)
+        if adjusted := [(i, r.adjustment, heat[i]) for i, r in enumerate(rows) if r.adjustment is not None]:
+            adjust(scores_RV, adjusted)
         scores_RV[:, self._banned] = -torch.inf
-        if ended := [i for i, r in enumerate(rows) if not r.allow_eos]:
-            scores_RV[ended, self._eos_id] = -torch.inf
+        if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
+            scores_RV[[i for i, _ in forbidden], [t for _, t in forbidden]] = -torch.inf
         best_R, chosen_R = scores_RV.max(-1)
         if drawn := [i for i, r in enumerate(rows) if not r.params.greedy]:
             chosen_R[drawn] = _draw(scores_RV[drawn], [rows[i] for i in drawn])
         tokens = chosen_R.tolist()
         sound = best_R.isfinite().tolist()  # max passes NaN on, and -inf means that nothing was left to choose
-        scored = self._score(raw_RV, tokens, [r.params for r in rows])
+        scored = _score(raw_RV, tokens, [_num_asked(r.params) for r in rows])
         return [s if ok else None for s, ok in zip(scored, sound, strict=True)]
 
     def score(self, logits_RV: Tensor, tokens: Seq[int], params: SamplingParams) -> list[Scored]:
         """Log-probabilities of given tokens, one a row (a prompt's)."""
-        every = [params] * len(tokens)
-        return self._score(_tempered(logits_RV, every), tokens, every)
+        raw_RV = _tempered(logits_RV, [_heat(params)] * len(tokens))
+        most = max(params.logprobs or 0 if params.echo else 0, params.prompt_logprobs or 0)
+        return _score(raw_RV, tokens, [most] * len(tokens), ranked=params.prompt_logprobs is not None)
 
-    def _score(self, raw_RV: Tensor, tokens: Seq[int], params: Seq[SamplingParams]) -> list[Scored]:
-        scored = [Scored(token_id=t, logprob=None) for t in tokens]
-        wanted = [i for i, p in enumerate(params) if p.logprobs is not None or p.num_samples > p.n]
-        if not wanted:
-            return scored
-        logprobs = raw_RV[wanted].log_softmax(-1)
-        own = logprobs.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=raw_RV.device))[:, 0].tolist()
-        most = max(params[i].logprobs or 0 for i in wanted)
-        top_values, top_ids = logprobs.topk(min(most, logprobs.shape[1])) if most else (None, None)
-        for at, i in enumerate(wanted):
-            top: tuple[tuple[int, float], ...] = ()
-            if top_ids is not None and top_values is not None and (k := params[i].logprobs):
-                top = tuple(zip(top_ids[at, :k].tolist(), top_values[at, :k].tolist(), strict=True))
-            scored[i] = Scored(token_id=tokens[i], logprob=own[at], top=top)
+
+def _num_asked(params: SamplingParams) -> int | None:
+    """How many of the likeliest tokens are wanted beside the chosen one's log-probability; None for not even that."""
+    return params.logprobs if params.num_samples == params.n else params.logprobs or 0
+
+
+def _score(raw_RV: Tensor, tokens: Seq[int], asked: Seq[int | None], *, ranked: bool = False) -> list[Scored]:
+    scored = [Scored(token_id=t, logprob=None) for t in tokens]
+    wanted = [(i, k) for i, k in enumerate(asked) if k is not None]
+    if not wanted:
         return scored
+    logprobs = raw_RV[[i for i, _ in wanted]].log_softmax(-1)
+    own_R1 = logprobs.gather(1, torch.tensor([[tokens[i]] for i, _ in wanted], device=raw_RV.device))
+    own, ranks = own_R1[:, 0].tolist(), ((logprobs > own_R1).sum(-1) + 1).tolist() if ranked else None
+    most = max(k for _, k in wanted)
+    top_values, top_ids = logprobs.topk(min(most, logprobs.shape[1])) if most else (None, None)
+    for at, (i, k) in enumerate(wanted):
+        top: tuple[tuple[int, float], ...] = ()
+        if top_ids is not None and top_values is not None and k:
+            top = tuple(zip(top_ids[at, :k].tolist(), top_values[at, :k].tolist(), strict=True))
+        scored[i] = Scored(token_id=tokens[i], logprob=own[at], top=top, rank=ranks[at] if ranks else None)
+    return scored
 
 
-def _tempered(logits_RV: Tensor, params: Seq[SamplingParams]) -> Tensor:
-    """Logits over temperature; a greedy row's as they are."""
-    if all(p.greedy or p.temperature == 1 for p in params):
+def _heat(params: SamplingParams) -> float:
+    """What the logits are divided by; a greedy row's stay as they are."""
+    return 1.0 if params.greedy else max(params.temperature, COLDEST)
+
+
+def _tempered(logits_RV: Tensor, heat: Seq[float]) -> Tensor:
+    if all(h == 1 for h in heat):
         return logits_RV
-    heat = [1.0 if p.greedy else max(p.temperature, COLDEST) for p in params]
     return logits_RV / torch.tensor(heat, device=logits_RV.device)[:, None]
 
 
 def _draw(scores_RV: Tensor, rows: Seq[Row]) -> Tensor:
-    """One token a row: all tokens are open where neither top_p nor top_k is set, else a sorted few."""
+    """One token a row: all tokens are open where neither top_p nor top_k is set, else a sorted few. Overwrites."""
+    num = scores_RV.shape[1]
+    if lean := [i for i, r in enumerate(rows) if r.params.min_p > 0]:
+        lean_RV = scores_RV[lean]
+        below = torch.tensor([math.log(max(rows[i].params.min_p, LEAST)) for i in lean], device=scores_RV.device)
+        least_R1 = lean_RV.max(-1, keepdim=True).values + below[:, None]
+        scores_RV[lean] = lean_RV.where(lean_RV >= least_R1, -torch.inf)
     chosen = torch.zeros(len(rows), dtype=torch.long, device=scores_RV.device)
     probs_RV = scores_RV.softmax(-1)
-    cut = [i for i, r in enumerate(rows) if r.params.top_p < 1 or r.params.top_k is not None]
+    cut = [i for i, r in enumerate(rows) if r.top_p < 1 or r.params.top_k is not None]
     free = sorted(set(range(len(rows))) - set(cut))
     if free:
         chosen[free] = _invert(probs_RV[free], [rows[i].uniform for i in free])
-    sizes = [s for s in CANDIDATES if s < probs_RV.shape[1]] + [probs_RV.shape[1]]
-    for size in sizes:
+    for size in (*(s for s in CANDIDATES if s < num), num):
         if not cut:
             break
-        top_p = torch.tensor([max(rows[i].params.top_p, LEAST) for i in cut], device=probs_RV.device)[:, None]
-        top_k = torch.tensor([rows[i].params.top_k or size + 1 for i in cut], device=probs_RV.device)[:, None]
-        values, ids = probs_RV[cut].topk(size)
-        before = values.cumsum(-1) - values
-        # metaseq's rule: a token stays while the mass before it is less than top_p, so the first always does
-        kept = values.where((before < top_p) & (torch.arange(size, device=values.device) < top_k), 0)
-        enough = ((kept[:, -1:] == 0) | (size == probs_RV.shape[1]))[:, 0].tolist()
+        kept, ids, enough = _nucleus(probs_RV[cut], [rows[i] for i in cut], size)
         drawn = ids.gather(1, _invert(kept, [rows[i].uniform for i in cut])[:, None])[:, 0]
         done = [at for at, ok in enumerate(enough) if ok]
         chosen[[cut[at] for at in done]] = drawn[done]
         cut = [i for i, ok in zip(cut, enough, strict=True) if not ok]
     return chosen
+
+
+def _nucleus(probs_RV: Tensor, rows: Seq[Row], size: int) -> tuple[Tensor, Tensor, list[bool]]:
+    """The likeliest `size` tokens of each row: their weights (0 where top_k or top_p cut), their ids, and whether
+    what is cut holds no more of them. Shapes: -> [R, size], [R, size], R."""
+    num, device = probs_RV.shape[1], probs_RV.device
+    # a top_p of 1 keeps what rounding would put beyond it
+    top_p_R1 = torch.tensor([max(r.top_p, LEAST) if r.top_p < 1 else 2.0 for r in rows], device=device)[:, None]
+    top_k = [min(r.params.top_k or num, num) for r in rows]
+    values, ids = probs_RV.topk(size)
+    if min(top_k) < num:
+        top_k_R1 = torch.tensor(top_k, device=device)[:, None]
+        values = values.where(torch.arange(size, device=device) < top_k_R1, 0)
+        top_p_R1 = torch.where(top_k_R1 < num, top_p_R1 * values.sum(-1, keepdim=True), top_p_R1)
+    before = values.cumsum(-1) - values
+    # metaseq's rule: a token stays while the mass before it is less than top_p, so the first always does
+    kept = values.where(before < top_p_R1, 0)
+    ended = (kept[:, -1] == 0).tolist()
+    return kept, ids, [size == num or (e and (k == num or k <= size)) for e, k in zip(ended, top_k, strict=True)]
 
 
 def _invert(weights_RV: Tensor, uniforms: Seq[float]) -> Tensor:

@@ -109,6 +109,6 @@ def _best(completions: list[Completion], n: int) -> list[Completion]:
     kept = []
     for samples in by_prompt.values():
         if len(samples) > n:
-            samples.sort(key=lambda c: c.cumulative_logprob / max(c.num_tokens, 1), reverse=True)
+            samples.sort(key=lambda c: c.mean_logprob, reverse=True)
         kept += samples[:n]
     return kept

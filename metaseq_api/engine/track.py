@@ -9,11 +9,13 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from metaseq_api.core import Completion, FinishReason, Sequence, TokenLogprobs
+from metaseq_api.core import Completion, FinishReason, RankedToken, Sequence, TokenLogprobs
+from metaseq_api.engine.nucleus import SENTENCE_ENDS, DecayingTopP
+from metaseq_api.engine.penalties import Adjustment
 from metaseq_api.engine.sampler import Row, Scored
 from metaseq_api.engine.teller import Teller
 from metaseq_api.scheduling.stopping import StopChecker
-from metaseq_api.tokenizer import StreamDecoder, Tokenizer
+from metaseq_api.tokenizer import EOS_ID, StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from metaseq_api.engine.ticket import Ticket
@@ -34,12 +36,23 @@ class Track:
     stop: StopChecker
     decoder: StreamDecoder
     scored: list[Scored] = field(default_factory=list)
+    ending: list[Scored] = field(default_factory=list)
+    """The token that ended the sequence and is none of its text, where there is one."""
     prompt_scored: dict[int, Scored] = field(default_factory=dict)
     """By position in the sequence; the first sample of a prompt keeps them for all."""
     ended_by_stop: bool = False
     reason: FinishReason | None = None
     teller: Teller | None = None
     """Of a streamed request."""
+    adjustment: Adjustment | None = field(init=False)
+    decaying: DecayingTopP | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        p = self.seq.params
+        self.adjustment = Adjustment.of(p, self.seq.token_ids, self.tokenizer.vocab_size)
+        if p.lambda_decay and not p.greedy:
+            ends = frozenset(self.tokenizer.encode(mark)[0] for mark in SENTENCE_ENDS)
+            self.decaying = DecayingTopP(top_p=p.top_p, decay=p.lambda_decay, bound=p.omega_bound, ends=ends)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -49,21 +62,38 @@ class Track:
     def row(self) -> Row:
         """What the sampler must know for the next token."""
         p = self.seq.params
-        allow_eos = not p.ignore_eos and self.seq.num_generated >= p.min_tokens
-        return Row(params=p, uniform=0.0 if p.greedy else self.rng.random(), allow_eos=allow_eos)
+        forbidden: tuple[int, ...] = ()
+        if self.seq.num_generated < p.min_tokens:
+            forbidden = (EOS_ID, *(t for t in p.stop_token_ids if t < self.tokenizer.vocab_size))
+        elif p.ignore_eos:
+            forbidden = (EOS_ID,)
+        return Row(
+            params=p,
+            uniform=0.0 if p.greedy else self.rng.random(),
+            top_p=p.top_p if self.decaying is None else self.decaying.value,
+            forbidden=forbidden,
+            adjustment=self.adjustment,
+        )
 
     def take(self, scored: Scored, eos_id: int) -> None:
         """Note a sampled token (already in seq.token_ids), and whether it ends the sequence."""
         p, seq = self.seq.params, self.seq
-        if scored.token_id == eos_id:
+        is_end = scored.token_id in p.stop_token_ids
+        if scored.token_id == eos_id or (is_end and not p.include_stop_str_in_output):
             self.reason = FinishReason.STOP
+            self.ending.append(scored)
             return
+        for watcher in (self.adjustment, self.decaying):
+            if watcher is not None:
+                watcher.note(scored.token_id)
         self.scored.append(scored)
         full = len(seq.token_ids) >= seq.max_len
         piece = self.decoder.push(scored.token_id) + (self.decoder.finish() if full else "")
         # a stop string that min_tokens forbade is looked for no more: it lies in the past
         if self.stop.push(piece, check=seq.num_generated >= p.min_tokens):
             self.ended_by_stop = True
+            self.reason = FinishReason.STOP
+        elif is_end:
             self.reason = FinishReason.STOP
         elif full:
             self.reason = FinishReason.LENGTH
@@ -77,6 +107,7 @@ class Track:
             self.stop.push(self.decoder.finish(), check=False)
         text = self.stop.text
         ids = [s.token_id for s in self.scored]
+        drawn = [s.logprob or 0.0 for s in (*self.scored, *self.ending)]
         prompt_text = tok.decode(prompt_ids) if p.echo or p.logprobs is not None else ""
         offsets: list[int] = []
         if self.ended_by_stop or p.logprobs is not None:
@@ -96,12 +127,25 @@ class Track:
             num_prompt_tokens=len(prompt_ids),
             num_tokens=len(self.scored),
             logprobs=self._logprobs(leader, len(ids), offsets) if p.logprobs is not None else None,
-            cumulative_logprob=sum(s.logprob or 0.0 for s in self.scored),
+            mean_logprob=sum(drawn) / len(drawn) if drawn else 0.0,
+            prompt_logprobs=None if p.prompt_logprobs is None else self._prompt_logprobs(leader, p.prompt_logprobs),
         )
+
+    def _prompt_logprobs(self, leader: Track, k: int) -> tuple[dict[int, RankedToken] | None, ...]:
+        """One entry per token of the prompt: its k likeliest tokens, and itself, by id."""
+        entries: list[dict[int, RankedToken] | None] = [] if self.num_added else [None]
+        text = self.tokenizer.token_text
+        for at in range(1, self.seq.prompt_len):
+            s = leader.prompt_scored[at]
+            assert s.logprob is not None
+            assert s.rank is not None
+            top = {i: RankedToken(text(i), lp, rank) for rank, (i, lp) in enumerate(s.top[:k], start=1)}
+            entries.append(top | {s.token_id: RankedToken(text(s.token_id), s.logprob, s.rank)})
+        return tuple(entries)
 
     def _logprobs(self, leader: Track, kept: int, offsets: list[int]) -> TokenLogprobs:
         """The lists of the kept tokens; with echo the prompt's before them."""
-        rows = self.scored[:kept]
+        rows: list[Scored] = self.scored[:kept]
         if self.seq.params.echo:
             return self.lists(self.prompt_rows(leader) + rows, offsets)
         return self.lists(rows, offsets[len(self.prompt_ids) :])
@@ -120,7 +164,12 @@ class Track:
         text = self.tokenizer.token_text
         tops = None
         if self.seq.params.logprobs:
-            tops = tuple({text(i): lp for i, lp in s.top} if s.logprob is not None else None for s in rows)
+            k = self.seq.params.logprobs
+            # the chosen token always is among them, so that there may be k + 1
+            tops = tuple(
+                None if s.logprob is None else {text(i): lp for i, lp in (*s.top[:k], (s.token_id, s.logprob))}
+                for s in rows
+            )
         return TokenLogprobs(
             tokens=tuple(text(s.token_id) for s in rows),
             token_logprobs=tuple(s.logprob for s in rows),

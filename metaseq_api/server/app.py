@@ -132,7 +132,13 @@ class _Front:
             return self._stream(request, include_usage)
         completions = self._complete(request)
         created = int(self.clock())
-        answer = schema.render_completion(request, completions, model=self.engine.model_name, created=created)
+        answer = schema.render_completion(
+            request,
+            completions,
+            model=self.engine.model_name,
+            created=created,
+            metaseq_compat=self.settings.metaseq_compat,
+        )
         return _json(answer)
 
     def generate(self) -> Response:

@@ -140,6 +140,27 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(f"{name}[{i}]", v) for i, v in enumerate(value))
 
 
+def integers(name: str, value: Any) -> tuple[int, ...]:
+    """An array of whole numbers."""
+    if not isinstance(value, list):
+        raise wrong(name, value, "an array of whole numbers")
+    return tuple(integer(f"{name}[{i}]", v) for i, v in enumerate(value))
+
+
+def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """An object of token id: number, as pairs in the order of ids; JSON spells the ids as strings."""
+    if not isinstance(value, dict):
+        raise wrong(name, value, 'an object of token id: number, as {"50118": -100}')
+    out: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise RequestError(f"{name} has the key {_quoted(key)}; its keys must be token ids", param=name)
+        if int(key) in out:
+            raise RequestError(f"{name} has two numbers for token {int(key)}; send one", param=name)
+        out[int(key)] = number(f"{name}[{key}]", bias)
+    return tuple(sorted(out.items()))
+
+
 def refuse_unknown(body: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises: RequestError naming the first field that is none of `known`, and its nearest neighbour."""
     for name in body:

@@ -8,14 +8,14 @@ accepted and ignored. `null` means the default throughout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from metaseq_api.core import Completion, EngineProtocol, Request, SamplingParams, TokenLogprobs
-from metaseq_api.core.request import BOS_ID, MAX_STOP, MAX_STOP_LEN
+from metaseq_api.core import Completion, EngineProtocol, RankedToken, Request, SamplingParams, TokenLogprobs
+from metaseq_api.core.request import BOS_ID
 from metaseq_api.errors import MetaseqApiError, RequestError
-from metaseq_api.server import fields
+from metaseq_api.server import compat, fields, params
 from metaseq_api.settings import Settings
 
 MAX_PROMPTS = 1024
@@ -27,45 +27,14 @@ CHARS_PER_TOKEN = 256
 """No token stands for more characters, so that a text longer than so many windows is refused before it is encoded."""
 PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
 
-_PARAMS: dict[str, Callable[[str, Any], Any]] = {
-    "max_tokens": fields.integer,
-    "min_tokens": fields.integer,
-    "temperature": fields.number,
-    "top_p": fields.number,
-    "top_k": fields.integer,
-    "seed": fields.integer,
-    "stop": fields.strings,
-    "n": fields.integer,
-    "best_of": fields.integer,
-    "echo": fields.flag,
-    "logprobs": fields.integer,
-    "ignore_eos": fields.flag,
-}
 # Fields of this API's family that are not offered yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
     "timeout_ms": (),
     "priority": (0,),
-    "alpha_presence": (0,),
-    "alpha_frequency": (0,),
-    "alpha_presence_src": (0,),
-    "alpha_frequency_src": (0,),
-    "alpha_src_penalty_end_idx": (-1, 0),
-    "lambda_decay": (-1, 0),
 }
-# metaseq's page always sends omega_bound; it bounds lambda_decay alone, so with that off every number asks for nothing
-_STREAM_FIELDS = ("stream", "stream_options")
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "user", "omega_bound", *_STREAM_FIELDS, *_PARAMS, *_NEUTRAL})
-_GENERATE_PARAMS = ("temperature", "top_p", "top_k", "min_tokens", "seed", "stop", "logprobs", "ignore_eos")
-_GENERATE_FIELDS = frozenset({"prefix", "length", *_GENERATE_PARAMS})
+STREAM_FIELDS = ("stream", "stream_options")
+_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *STREAM_FIELDS, *params.READERS, *_NEUTRAL})
+_GENERATE_FIELDS = frozenset({"prefix", "length", *params.OF_ONE_SAMPLE})
 
 
 def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: Settings, request_id: str) -> Request:
@@ -76,19 +45,24 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     fields.refuse_unknown(body, _COMPLETION_FIELDS)
     for name, neutral in _NEUTRAL.items():
         _refuse_unless_neutral(name, body.get(name), neutral)
-    if body.get("omega_bound") is not None:
-        fields.number("omega_bound", body["omega_bound"])
     if body.get("model") is not None:
         fields.text("model", body["model"])
-    params = _read_params(body, engine.vocab_size)
-    prompts = _read_prompts(body.get("prompt"), engine)
-    _check_size(prompts, params, settings)
+    _refuse_suffix(body.get("suffix"))
+    user, prompts = _read_user(body.get("user")), _read_prompts(body.get("prompt"), engine)
+    if settings.metaseq_compat:
+        body, prompts = compat.translate(body, prompts, engine, settings.max_beam)
+    p = params.read(body, engine.vocab_size)
+    if p.max_tokens == 0 and not (p.echo or p.prompt_logprobs is not None or settings.metaseq_compat):
+        raise fields.wrong("max_tokens", 0, "1 or more, unless echo is true or prompt_logprobs given (to score it)")
+    _check_size(prompts, p, settings)
     for i, ids in enumerate(prompts):
         where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
-        _check_fits(ids, params.max_tokens, engine.max_seq_len, where, "max_tokens")
+        _check_fits(ids, p.max_tokens, engine.max_seq_len, where, "max_tokens")
     wants_usage(body)  # refused here like every other field
-    user, stream = _read_user(body.get("user")), _read_flag("stream", body.get("stream"))
-    return Request(request_id=request_id, prompts=prompts, params=params, user=user, stream=stream)
+    if body.get("stream") and p.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs are not told in a stream; send it without stream", param="prompt_logprobs")
+    stream = _read_flag("stream", body.get("stream"))
+    return Request(request_id=request_id, prompts=prompts, params=p, user=user, stream=stream)
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -120,12 +94,12 @@ def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: 
         raise fields.wrong("length", length, "1 or more")
     ids = _encode("prefix", body["prefix"], engine)
     _check_fits(ids, length, engine.max_seq_len, "prefix", "length")
-    given = {name: body[name] for name in _GENERATE_PARAMS if body.get(name) is not None}
+    given = {name: body[name] for name in params.OF_ONE_SAMPLE if body.get(name) is not None}
     defaults = {"temperature": 0.7, "top_p": 0.9, "logprobs": 0, "ignore_eos": True}
-    ends_early = given.get("stop") or given.get("ignore_eos") is False
+    ends_early = given.get("stop") or given.get("stop_token_ids") or given.get("ignore_eos") is False
     defaults["min_tokens"] = 0 if ends_early else length
-    params = _read_params({**defaults, **given, "max_tokens": length}, engine.vocab_size)
-    return Request(request_id=request_id, prompts=(ids,), params=params)
+    p = params.read({**defaults, **given, "max_tokens": length}, engine.vocab_size)
+    return Request(request_id=request_id, prompts=(ids,), params=p)
 
 
 def form_to_body(values: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -133,8 +107,16 @@ def form_to_body(values: Mapping[str, list[str]]) -> dict[str, Any]:
     return fields.read_form(values, texts=("prefix",), lists=("stop",))
 
 
-def render_completion(request: Request, completions: Seq[Completion], *, model: str, created: int) -> dict[str, Any]:
+def render_completion(
+    request: Request, completions: Seq[Completion], *, model: str, created: int, metaseq_compat: bool = False
+) -> dict[str, Any]:
     """The answer of /completions: choices flat, prompts outer, samples inner; usage counts each prompt once."""
+    choices = [_render_choice(index, c) for index, c in enumerate(completions)]
+    if metaseq_compat:
+        choices = [
+            compat.render_choice(choice, request, c.prompt_index)
+            for choice, c in zip(choices, completions, strict=True)
+        ]
     prompt_tokens = sum(c.num_prompt_tokens for c in completions[:: request.params.n])
     completion_tokens = sum(c.num_tokens for c in completions)
     return {
@@ -142,15 +124,7 @@ def render_completion(request: Request, completions: Seq[Completion], *, model: 
         "object": "text_completion",
         "created": created,
         "model": model,
-        "choices": [
-            {
-                "index": index,
-                "text": c.text,
-                "logprobs": None if c.logprobs is None else render_logprobs(c.logprobs),
-                "finish_reason": c.finish_reason.value,
-            }
-            for index, c in enumerate(completions)
-        ],
+        "choices": choices,
         "usage": render_usage(prompt_tokens, completion_tokens),
     }
 
@@ -183,6 +157,26 @@ def render_error(error: MetaseqApiError, message: str | None = None) -> dict[str
             "param": getattr(error, "param", None),
             "code": error.code,
         }
+    }
+
+
+def _render_choice(index: int, c: Completion) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "text": c.text,
+        "logprobs": None if c.logprobs is None else render_logprobs(c.logprobs),
+        "finish_reason": c.finish_reason.value,
+    }
+    if c.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = [None if at is None else _render_ranked(at) for at in c.prompt_logprobs]
+    return choice
+
+
+def _render_ranked(tokens: Mapping[int, RankedToken]) -> dict[str, Any]:
+    """As vLLM has it."""
+    return {
+        str(token_id): {"logprob": _finite(t.logprob), "rank": t.rank, "decoded_token": t.text}
+        for token_id, t in tokens.items()
     }
 
 
@@ -226,6 +220,16 @@ def _read_flag(name: str, value: Any) -> bool:
     return value is not None and fields.flag(name, value)
 
 
+def _refuse_suffix(value: Any) -> None:
+    if value not in (None, ""):
+        raise RequestError(
+            f"suffix is {fields.found(value)}; OPT was trained to continue a text, not to fill in before a suffix: "
+            "leave it out",
+            param="suffix",
+            code="unsupported_field",
+        )
+
+
 def _read_user(value: Any) -> str | None:
     if value is None:
         return None
@@ -233,18 +237,6 @@ def _read_user(value: Any) -> str | None:
     if len(user) > MAX_USER_LEN:
         raise fields.wrong("user", user, f"at most {MAX_USER_LEN} characters long")
     return user
-
-
-def _read_params(body: Mapping[str, Any], vocab_size: int) -> SamplingParams:
-    given = {name: read(name, body[name]) for name, read in _PARAMS.items() if body.get(name) is not None}
-    stop = given.get("stop", ())
-    if len(stop) > MAX_STOP or any(len(s) > MAX_STOP_LEN for s in stop):  # before a message quotes it
-        raise RequestError(
-            f"stop is too much; at most {MAX_STOP} strings of 1 to {MAX_STOP_LEN} characters", param="stop"
-        )
-    if given.get("top_k", 0) > vocab_size:
-        given["top_k"] = vocab_size  # the same choice, and an integer of a sane size
-    return SamplingParams(**given)
 
 
 def _read_prompts(value: Any, engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
@@ -286,8 +278,8 @@ def _read_ids(where: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _check_size(prompts: Seq[Seq[int]], params: SamplingParams, settings: Settings) -> None:
-    name, samples = ("n", params.n) if params.best_of is None else ("best_of", params.best_of)
+def _check_size(prompts: Seq[Seq[int]], p: SamplingParams, settings: Settings) -> None:
+    name, samples = ("n", p.n) if p.best_of is None else ("best_of", p.best_of)
     if samples > settings.max_beam:
         raise fields.wrong(name, samples, f"at most {settings.max_beam}, this server's MAX_BEAM")
     if len(prompts) * samples > settings.max_queue:

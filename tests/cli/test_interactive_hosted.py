@@ -176,11 +176,13 @@ def test_flags_and_constants_reach_every_rank(tmp_path: Path) -> None:
     constants = tmp_path / "site.py"
     constants.write_text("MAX_SEQ_LEN = 77\nMODEL_PARALLEL = 2\nMODEL_SHARED_FOLDER = '/old'\n")
     argv = [*DOOR, "--constants", str(constants), "--port", "0", "--dtype", "bf16", "--threads", "1"]
+    argv.append("--metaseq-compat")
     with family(argv, tmp_path) as f:
         told = f.up(2)
         for t in told:
             s = t["settings"]
             assert (s["max_seq_len"], s["model_parallel"], s["dtype"], s["threads"]) == (77, 2, "bf16", 1)
+            assert s["metaseq_compat"] is True
         assert told[0]["port"] not in (None, 0)
         os.kill(f.parent.pid, signal.SIGINT)
         code, err = f.end()

@@ -164,7 +164,7 @@ def test_echo_scores_the_prompt_as_hugging_face_does(engine: Engine) -> None:
     assert got.logprobs.top_logprobs is not None
     for i, top in enumerate(got.logprobs.top_logprobs):
         assert top is not None
-        assert sorted(top.values(), reverse=True) == pytest.approx(want[i].topk(2).values.tolist(), abs=1e-4)
+        assert sorted(top.values(), reverse=True)[:2] == pytest.approx(want[i].topk(2).values.tolist(), abs=1e-4)
     assert got.text == engine.decode(ids)
     assert got.num_tokens == 0
     assert list(got.token_ids) == ids

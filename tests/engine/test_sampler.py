@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from metaseq_api.core import SamplingParams
 from metaseq_api.engine.sampler import Row, Sampler
 
 VOCAB = 3000
-SAMPLER = Sampler(num_tokens=VOCAB - 8, eos_id=2, banned=[1])
+SAMPLER = Sampler(num_tokens=VOCAB - 8, banned=[1])
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def row(uniform: float = 0.5, allow_eos: bool = True, **params: object) -> Row:
-    return Row(params=SamplingParams(**params), uniform=uniform, allow_eos=allow_eos)  # type: ignore[arg-type]
+def row(uniform: float = 0.5, forbidden: tuple[int, ...] = (), **params: object) -> Row:
+    p = SamplingParams(**params)  # type: ignore[arg-type]
+    return Row(params=p, uniform=uniform, top_p=p.top_p, forbidden=forbidden)
 
 
 def choose(values: torch.Tensor, *rows: Row) -> list[int]:
@@ -36,26 +38,44 @@ def test_the_likeliest_token_is_taken_where_nothing_else_is_left(params: dict[st
 
 
 @pytest.mark.parametrize(
-    ("top_p", "top_k"), [(0.5, None), (0.9, None), (0.999, None), (1.0, 5), (0.9, 200), (1.0, 2500)]
+    ("min_p", "top_k", "top_p"),
+    [
+        (0, None, 0.5),
+        (0, None, 0.9),
+        (0, None, 0.999),
+        (0, 5, 1.0),
+        (0, 200, 0.9),
+        (0, 2500, 1.0),
+        (0, 2500, 0.9999),
+        (0.02, None, 1.0),
+        (0.3, None, 0.5),
+        (1, None, 1.0),
+        (0.0001, 300, 0.95),
+        (0.05, 9, 0.6),
+    ],
 )
-def test_only_the_nucleus_is_drawn_from_and_all_of_it(top_p: float, top_k: int | None) -> None:
+def test_only_what_hugging_faces_warpers_leave_is_drawn_from_and_all_of_it(
+    min_p: float, top_k: int | None, top_p: float
+) -> None:
     values = logits()
-    scores = values[0, : VOCAB - 8].clone()
-    scores[1] = -torch.inf
-    probs, ids = scores.softmax(-1).sort(descending=True)
-    kept = int(((probs.cumsum(0) - probs) < top_p).sum())
-    kept = min(kept, top_k or VOCAB)
+    scores = values[:, : VOCAB - 8].clone()
+    scores[0, 1] = -torch.inf
+    warpers: list[LogitsProcessor] = [MinPLogitsWarper(min_p)] if min_p else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    for warper in [*warpers, TopPLogitsWarper(top_p)]:
+        scores = warper(torch.tensor([[2]]), scores)  # type: ignore[arg-type]
+    probs, ids = scores[0].softmax(-1).sort(descending=True)
+    kept = int((probs > 0).sum())
     num = 400
-    rows = [row((i + 0.5) / num, top_p=top_p, top_k=top_k) for i in range(num)]
+    rows = [row((i + 0.5) / num, top_p=top_p, top_k=top_k, min_p=min_p) for i in range(num)]
     drawn = choose(values.expand(num, -1).clone(), *rows)
     assert set(drawn) <= set(ids[:kept].tolist())
-    weights = probs[:kept] / probs[:kept].sum()
     for rank in range(min(kept, 3)):
-        assert drawn.count(int(ids[rank])) / num == pytest.approx(float(weights[rank]), abs=2.5 / num)
+        assert drawn.count(int(ids[rank])) / num == pytest.approx(float(probs[rank]), abs=2.5 / num)
 
 
 def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
-    values = logits(rows=6)
+    values = logits(rows=7)
     rows = [
         row(0.3),
         row(0.9, top_p=0.7),
@@ -63,6 +83,7 @@ def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
         row(0.6, temperature=2.0, top_k=9),
         row(0.99, top_p=0.9999),
         row(0.1, temperature=0.2, top_p=0.5),
+        row(0.8, min_p=0.05, top_k=70, top_p=0.95),
     ]
     together = choose(values, *rows)
     assert together == [choose(values[i : i + 1], r)[0] for i, r in enumerate(rows)]
@@ -72,7 +93,7 @@ def test_padding_rows_and_forbidden_ends_are_never_chosen() -> None:
     values = torch.full((1, VOCAB), -5.0)
     values[0, [1, 2, VOCAB - 1]] = torch.tensor([9.0, 8.0, 7.0])
     values[0, 77] = 0.0
-    assert choose(values, row(temperature=0, allow_eos=False)) == [77]
+    assert choose(values, row(temperature=0, forbidden=(2,))) == [77]
     assert choose(values, row(temperature=0)) == [2]
 
 

@@ -70,3 +70,17 @@ def test_what_a_stream_may_send_is_never_taken_back(text: str, stop: list[str]) 
         if ended:
             return
         sent = max(sent, checker.num_safe)
+
+
+def test_a_stop_string_that_is_to_stay_ends_the_text_behind_it() -> None:
+    checker = StopChecker(("END", "\n\n"), include=True)
+    assert not checker.push("some E")
+    assert checker.num_safe == 6  # no later piece can take it back
+    assert checker.push("ND and more\n\n")
+    assert checker.text == "some END"
+
+
+def test_of_two_that_begin_together_the_shorter_ends_the_text() -> None:
+    checker = StopChecker(("abc", "ab", "bc"), include=True)
+    assert checker.push("xxabcd")
+    assert checker.text == "xxab"

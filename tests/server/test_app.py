@@ -19,7 +19,7 @@ from support.fake_engine import FakeEngine
 
 from metaseq_api import errors
 from metaseq_api.errors import EngineStopped, MetaseqApiError, Overloaded, RequestError
-from metaseq_api.server import schema
+from metaseq_api.server import params, schema
 from metaseq_api.server.app import COMPLETION_PATHS, MAX_BODY, create_app
 from metaseq_api.settings import Settings
 
@@ -334,7 +334,7 @@ VALUES = st.recursive(
 NAMES = st.sampled_from(sorted(schema._COMPLETION_FIELDS | schema._GENERATE_FIELDS)) | st.text(max_size=10)
 BODIES = st.dictionaries(NAMES, VALUES, max_size=6) | st.fixed_dictionaries(
     {"prompt": st.text(max_size=6) | st.lists(st.integers(0, 259), min_size=1, max_size=4)},
-    optional=dict.fromkeys(schema._PARAMS, SCALARS),
+    optional=dict.fromkeys(params.READERS, SCALARS),
 )
 
 

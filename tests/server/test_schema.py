@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 from support.fake_engine import FakeEngine
 
-from metaseq_api.core import SamplingParams
+from metaseq_api.core import RankedToken, SamplingParams
 from metaseq_api.errors import RequestError
 from metaseq_api.server import fields, schema
 from metaseq_api.settings import Settings
@@ -90,11 +91,11 @@ def test_a_prompt_of_another_form_is_refused_by_place(
 
 
 WRONG_TYPES = {
-    "max_tokens": ["16", True, 1.5, [16], {}, 1e999, -1, 10**30],
+    "max_tokens": ["16", True, 1.5, [16], {}, 1e999, -1, 0, 10**30],
     "min_tokens": ["1", False, 0.5, [], -1, 17],
     "temperature": ["hot", True, [], -0.1, 1e999, 10**400, 101],
     "top_p": ["all", False, {}, -0.1, 1.1],
-    "top_k": ["2", True, 2.5, 0, -1],
+    "top_k": ["2", True, 2.5, -2],
     "n": ["2", True, 1.5, 0, -1, 129, 5],
     "best_of": ["2", False, 0, 129, 5],
     "seed": ["7", True, 0.5, [7], 2**63],
@@ -105,23 +106,42 @@ WRONG_TYPES = {
     "model": [7, True, ["fake"], "\ud800"],
     "user": [7, {}, "x" * 257],
     "stream": ["false", 1, 0],
-    "omega_bound": ["0.3", True, 1e999],
-    "suffix": ["end", 0],
-    "logit_bias": [{"5": 1}, []],
-    "presence_penalty": [0.1, False, "0"],
-    "frequency_penalty": [-1],
-    "lambda_decay": [0.9],
-    "alpha_presence": [1],
-    "alpha_frequency": [1],
-    "alpha_presence_src": [1],
-    "alpha_frequency_src": [1],
-    "alpha_src_penalty_end_idx": [3],
+    "omega_bound": ["0.3", True, 1e999, -0.1, 1.1],
+    "suffix": ["end", 0, False, []],
+    "logit_bias": [
+        [],
+        "5",
+        {"five": 1},
+        {"-5": 1},
+        {" 5": 1},
+        {"": 1},
+        {"\u0665": 1},
+        {"5.0": 1},
+        {"260": 1},
+        {"9" * 5000: 1},
+        {"5": "1"},
+        {"5": True},
+        {"5": None},
+        {"5": 100.1},
+        {"5": -101},
+        {"5": 1e999},
+        {"5": 1, "05": 1},
+        {str(i): 0 for i in range(1025)},
+    ],
+    "presence_penalty": [False, "0", -2.1, 2.1],
+    "frequency_penalty": [[], "0", -2.1, 2.1],
+    "lambda_decay": [1.1, "0.9", True],
+    "alpha_presence": ["1", True, 101, -1],
+    "alpha_frequency": ["1", True, -101, -0.1],
+    "alpha_presence_src": ["1", {}, 1e9, -1],
+    "alpha_frequency_src": ["1", [], -1e9, -0.1],
+    "alpha_src_penalty_end_idx": ["3", 2.5, True],
     "stream_options": [[], "x", True],
-    "repetition_penalty": [1.2],
-    "min_p": [0.1],
-    "stop_token_ids": [[2]],
-    "include_stop_str_in_output": [True],
-    "prompt_logprobs": [1],
+    "repetition_penalty": ["1", True, 0, -1, 101],
+    "min_p": ["0", True, -0.1, 1.1],
+    "stop_token_ids": [2, "2", {}, [True], ["2"], [None], [1.5], [-1], [260], [10**30], [5] * 129],
+    "include_stop_str_in_output": ["true", 1, []],
+    "prompt_logprobs": ["1", True, 0.5, -1, 101],
     "timeout_ms": [1],
     "priority": [1],
 }
@@ -144,8 +164,37 @@ def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: Fake
     for name, neutral in schema._NEUTRAL.items():
         for value in neutral:
             assert parse({"prompt": "hi", name: value}, engine, settings).params == SamplingParams()
-    page_of_metaseq = {"omega_bound": 0.3, "lambda_decay": 0, "alpha_presence": 0.0}
-    assert parse({"prompt": "hi", **page_of_metaseq}, engine, settings).params == SamplingParams()
+
+
+def test_what_says_off_to_openai_vllm_or_metaseq_says_off_here(engine: FakeEngine, settings: Settings) -> None:
+    for off in (
+        {"suffix": ""},
+        {"logit_bias": {}},
+        {"stop": [], "stop_token_ids": []},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1},
+        {"alpha_src_penalty_end_idx": -1, "lambda_decay": -1},
+        {"omega_bound": 0.3, "lambda_decay": 0, "alpha_presence": 0.0, "alpha_frequency": 0.0},
+    ):
+        assert parse({"prompt": "hi", **off}, engine, settings).params == SamplingParams()
+
+
+def test_a_suffix_is_refused_with_the_reason(engine: FakeEngine, settings: Settings) -> None:
+    error = refusal({"prompt": "hi", "suffix": "end"}, engine, settings)
+    assert str(error) == (
+        'suffix is "end" (a string); OPT was trained to continue a text, not to fill in before a suffix: leave it out'
+    )
+    assert error.code == "unsupported_field"
+
+
+def test_no_tokens_are_asked_for_only_where_a_prompt_is_scored(engine: FakeEngine, settings: Settings) -> None:
+    error = refusal({"prompt": "hi", "max_tokens": 0, "logprobs": 1}, engine, settings)
+    assert str(error) == (
+        "max_tokens is 0; it must be 1 or more, unless echo is true or prompt_logprobs given (to score it)"
+    )
+    assert parse({"prompt": "hi", "max_tokens": 0, "prompt_logprobs": 0}, engine, settings).params.max_tokens == 0
+    assert parse({"prompt": "hi", "max_tokens": 0, "echo": True}, engine, settings).params.max_tokens == 0
 
 
 def test_a_stream_is_one_where_it_is_asked_for_alone(engine: FakeEngine, settings: Settings) -> None:
@@ -184,7 +233,23 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "echo": True,
         "logprobs": 3,
         "ignore_eos": True,
+        "min_p": 0.1,
+        "stop_token_ids": [7, 8.0],
+        "include_stop_str_in_output": True,
+        "prompt_logprobs": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"250": 1.5, "7": -100},
+        "alpha_presence": 0.5,
+        "alpha_frequency": 0.25,
+        "alpha_presence_src": 0.75,
+        "alpha_frequency_src": 1,
+        "alpha_src_penalty_end_idx": 4,
+        "lambda_decay": 0.9,
+        "omega_bound": 0.4,
     }
+    assert set(body) | set(schema._NEUTRAL) | set(schema.STREAM_FIELDS) | {"suffix"} == schema._COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
@@ -200,7 +265,23 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         echo=True,
         logprobs=3,
         ignore_eos=True,
+        min_p=0.1,
+        stop_token_ids=(7, 8),
+        include_stop_str_in_output=True,
+        prompt_logprobs=2,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        repetition_penalty=1.2,
+        logit_bias=((7, -100.0), (250, 1.5)),
+        alpha_presence=0.5,
+        alpha_frequency=0.25,
+        alpha_presence_src=0.75,
+        alpha_frequency_src=1.0,
+        alpha_src_penalty_end_idx=4,
+        lambda_decay=0.9,
+        omega_bound=0.4,
     )
+    assert hash(request.params) == hash(parse(dict(reversed(body.items())), engine, settings).params)
     assert type(request.params.max_tokens) is int
 
 
@@ -285,6 +366,12 @@ def test_generate_with_a_stop_string_may_end_earlier(engine: FakeEngine) -> None
     assert request.params.min_tokens == 3
 
 
+def test_generate_takes_what_shapes_one_sample(engine: FakeEngine) -> None:
+    body = {"prefix": "ab", "length": 5, "alpha_presence": 0.5, "logit_bias": {"9": 1}, "stop_token_ids": [9]}
+    got = schema.parse_generate(body, engine, "gen-1").params
+    assert (got.alpha_presence, got.logit_bias, got.stop_token_ids, got.min_tokens) == (0.5, ((9, 1.0),), (9,), 0)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -329,6 +416,23 @@ def test_an_answer_holds_no_number_that_json_has_not(engine: FakeEngine, setting
     assert logprobs["token_logprobs"] == [None, -0.5, -0.5]
     assert logprobs["top_logprobs"] == [None, {"a": -0.5, "never": -9999.0}, {"b": -0.5, "never": -9999.0}]
     assert schema._finite(float("nan")) == -9999.0
+
+
+def test_prompt_scores_are_written_as_vllm_writes_them(engine: FakeEngine, settings: Settings) -> None:
+    request = parse({"prompt": "ab", "prompt_logprobs": 1}, engine, settings)
+    ranked = {101: RankedToken("a", -0.5, 2), 102: RankedToken("b", float("-inf"), 1)}
+    completion = dataclasses.replace(engine.complete(request, 0, 0), prompt_logprobs=(None, ranked))
+    answer = schema.render_completion(request, [completion], model="m", created=1)
+    assert answer["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            "101": {"logprob": -0.5, "rank": 2, "decoded_token": "a"},
+            "102": {"logprob": -9999.0, "rank": 1, "decoded_token": "b"},
+        },
+    ]
+    json.dumps(answer, allow_nan=False)
+    plain = schema.render_completion(request, [engine.complete(request, 0, 0)], model="m", created=1)
+    assert "prompt_logprobs" not in plain["choices"][0]
 
 
 def test_an_error_message_is_cut_before_it_grows_without_bound() -> None:
