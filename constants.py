@@ -25,6 +25,12 @@ MAX_BEAM = 16
 """Most samples (n or best_of) of one prompt."""
 CACHE_TOKENS = None
 """Tokens that the KV cache of all sequences holds. None: what memory allows, on a CPU at most 4 GiB."""
+PREFIX_CACHE = True
+"""Whether prompts that begin alike are computed from where they differ."""
+CACHE_SIZE = 0
+"""Whole answers kept for requests that are asked again and whose answer is certain (greedy, or with a seed)."""
+CACHE_LIST_SIZE = 0
+"""How many different answers of a request that draws at random are kept, before one of these is given. 0: none."""
 
 METASEQ_COMPAT = False
 """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""

@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         help="take and answer /completions as metaseq did, quirks included (docs/fields.md)",
     )
+    add("--no-prefix-cache", dest="prefix_cache", action="store_false", default=None, help="compute every prompt whole")
+    add("--cache-size", type=int, metavar="N", help="answers kept for requests that are asked again (default: 0, none)")
+    add("--cache-list-size", type=int, metavar="N", help="of a request that draws at random, answers kept (default: 0)")
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser

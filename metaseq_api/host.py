@@ -24,6 +24,7 @@ from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.limits import Limits
+from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.rendezvous import RankInfo, device_index
@@ -161,11 +162,13 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
             BlockPool(cache.num_blocks, cache.block_size),
             max_batch_tokens=settings.max_batch_tokens,
             max_batch_size=settings.max_batch_size,
+            prefix_cache=settings.prefix_cache,
         ),
         tokenizer=ready.tokenizer,
         limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
         model_name=_model_name(settings),
         heartbeat_s=settings.timeout_s / 3,
+        results=ResultCache(settings.cache_size, settings.cache_list_size) if settings.cache_size else None,
     )
     server = Server(create_app(engine, settings), sock)
 

@@ -49,6 +49,12 @@ class Settings:
     """Units: tokens per block of the KV cache."""
     cache_tokens: int | None = None
     """Units: tokens the KV cache holds; None: what memory allows, within bounds."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike are computed from where they differ."""
+    cache_size: int = 0
+    """Whole answers kept for requests that ask the same again; 0: none."""
+    cache_list_size: int = 0
+    """Different answers kept for a request that draws at random, before these are given; 0: it is always computed."""
     max_queue: int = 4096
     """Sequences that may wait; more are refused with 429."""
     threads: int | None = None
@@ -78,6 +84,9 @@ _NAMES: dict[str, str] = {
     "MAX_BEAM": "max_beam",
     "BLOCK_SIZE": "block_size",
     "CACHE_TOKENS": "cache_tokens",
+    "PREFIX_CACHE": "prefix_cache",
+    "CACHE_SIZE": "cache_size",
+    "CACHE_LIST_SIZE": "cache_list_size",
     "MAX_QUEUE": "max_queue",
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
@@ -119,6 +128,12 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return check
 
 
+def _bool(v: Any) -> bool:
+    if not isinstance(v, bool):
+        raise TypeError("True or False")
+    return v
+
+
 def _text(v: Any) -> str:
     if not isinstance(v, str) or not v:
         raise TypeError("a non-empty string")
@@ -152,6 +167,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_beam": _int(1, 128),
     "block_size": _int(1, 1024),
     "cache_tokens": _int(1, 1 << 40),
+    "prefix_cache": _bool,
+    "cache_size": _int(0, 1 << 20),
+    "cache_list_size": _int(0, 1 << 10),
     "max_queue": _int(1, 1 << 20),
     "threads": _int(1, 1024),
     "timeout_s": _seconds,
@@ -231,4 +249,10 @@ def load(
         if value is not None:
             values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
     values["demo"] = "checkpoint" not in values
-    return dataclasses.replace(Settings(), **values), remarks
+    chosen = dataclasses.replace(Settings(), **values)
+    if chosen.cache_list_size and not chosen.cache_size:
+        raise SettingsError(
+            f"CACHE_LIST_SIZE (--cache-list-size) is {chosen.cache_list_size}, but no answers are kept at all; "
+            "set CACHE_SIZE (--cache-size) too"
+        )
+    return chosen, remarks

@@ -82,6 +82,9 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("MODEL_PARALLEL = 8\nTOTAL_WORLD_SIZE = 16", "TOTAL_WORLD_SIZE is 16 but MODEL_PARALLEL is 8"),
         ("METASEQ_COMPAT = 1", "METASEQ_COMPAT is 1; it must be True or False"),
         ("DTYPE = 'float16'", "DTYPE is 'float16'; it must be one of fp32, fp16, bf16"),
+        ("PREFIX_CACHE = 1", "PREFIX_CACHE is 1; it must be True or False"),
+        ("CACHE_LIST_SIZE = 2", "set CACHE_SIZE (--cache-size) too"),
+        ("CACHE_SIZE = -1", "CACHE_SIZE is -1; it must be a whole number from 0"),
         ("raise RuntimeError('edit me')", "RuntimeError: edit me"),
         ("x = (", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
@@ -89,7 +92,7 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
     path = constants(tmp_path, text)
-    with pytest.raises(SettingsError, match=r"constants\.py") as e:
+    with pytest.raises(SettingsError, match=r"constants\.py|CACHE_LIST_SIZE") as e:
         settings.load({}, constants=str(path))
     assert says in str(e.value)
     assert "\n" not in str(e.value)

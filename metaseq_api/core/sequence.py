@@ -34,12 +34,16 @@ class Sequence:
     max_len: int
     """Most tokens it may ever hold: its prompt and max_tokens, cut at the model's window."""
     leader: Sequence | None = None
-    """The first sample of the same prompt, whose full prompt blocks this one shares."""
+    """Whose head this one waits for and then shares: the first sample of its prompt, or another request's."""
+    common_len: int | None = None
+    """Tokens it has in common with its leader; None: its prompt."""
     scores_prompt: bool = False
     """Whether the logits of its prompt are wanted too (echo with logprobs, first sample)."""
     status: Status = Status.WAITING
     num_cached: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of its first full blocks, as far as they were asked for: by these the pool finds their content."""
     num_preemptions: int = 0
 
     @property

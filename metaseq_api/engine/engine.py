@@ -24,6 +24,7 @@ from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.limits import Limits
+from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.teller import Teller
 from metaseq_api.engine.ticket import Ticket
@@ -55,10 +56,11 @@ class Engine:
         limits: Limits,
         model_name: str,
         heartbeat_s: float = 10.0,
+        results: ResultCache | None = None,
     ) -> None:
         self._worker, self._channel, self._scheduler = worker, channel, scheduler
         self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s, self._results = heartbeat_s, results
         self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID])
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self._tracks: dict[int, Track] = {}
@@ -108,6 +110,9 @@ class Engine:
         with self._lock:
             if self._stopped:
                 raise EngineStopped(self._stopped)
+            if self._results is not None and (known := self._results.find(request)) is not None:
+                ticket.answer(known)
+                return ticket
             if self._num_queued + num > self._limits.max_queue:
                 raise Overloaded(
                     f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
@@ -306,6 +311,8 @@ class Engine:
             self._tell(track, track.teller.tell_rest(completion))
         track.ticket.add(completion)
         if track.ticket.ended:
+            if self._results is not None:
+                self._results.add(track.ticket.request, track.ticket.result(0))
             self._drop(track.ticket)
 
     def _tell(self, track: Track, delta: Delta | None) -> None:
@@ -322,6 +329,8 @@ class Engine:
     def _give_up(self, ticket: Ticket) -> None:
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
         ticket.fail(MetaseqApiError("the model computed values that are not numbers for this prompt"))
+        for track in self._by_ticket[ticket]:
+            self._scheduler.discard(track.seq)
         self._drop(ticket)
 
     def _drop(self, ticket: Ticket) -> None:

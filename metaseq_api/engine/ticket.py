@@ -92,6 +92,11 @@ class Ticket:
             self._completions = _best(self._completions, self.request.params.n)
             self._ended.set()
 
+    def answer(self, completions: list[Completion]) -> None:
+        """Engine: complete the whole answer at once, where it was known before."""
+        self._completions = completions
+        self._ended.set()
+
     def fail(self, error: MetaseqApiError) -> None:
         """Engine: end the request with an error. The first ending counts."""
         if not self.ended:

@@ -6,7 +6,10 @@ The rules, in their order:
    requests take turns: the one with fewest sequences running comes first, of equals the one that came first;
 3. where blocks run out, the youngest running sequence gives its blocks back and waits at the head of the queue (its
    tokens are kept and computed again), so that the oldest always gets on;
-4. the second and later samples of a prompt wait until the first has it in the cache, and share its full blocks.
+4. a sequence starts with the full blocks of its head that the cache has, whoever computed them; where most of what is
+   missing is just being computed for another sequence (its first sample, or any request), it waits for that.
+
+With `prefix_cache` off, nothing is found by content: only the samples of one prompt share its blocks.
 
 Does not know tensors, text, sampling, or time.
 """
@@ -17,7 +20,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from metaseq_api.core import Batch, BatchItem, Sequence, Status
-from metaseq_api.scheduling.blocks import BlockPool
+from metaseq_api.scheduling.blocks import BlockPool, block_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +34,21 @@ class Step:
 class Scheduler:
     """All sequences that wait or run. Called by the engine's thread alone."""
 
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_batch_size: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_batch_tokens: int, max_batch_size: int, prefix_cache: bool = True
+    ) -> None:
         assert max_batch_tokens > 0
         assert max_batch_size > 0
         self.pool = pool
+        self.prefix_queries_tokens = 0  # of prompts that were looked up, and of those that were found
+        self.prefix_hits_tokens = 0
+        self._by_content = prefix_cache
         self._max_tokens = max_batch_tokens
         self._max_size = max_batch_size
         self._preempted: deque[Sequence] = deque()
         self._waiting: dict[int, deque[Sequence]] = {}  # by request, in order of arrival
         self._running: list[Sequence] = []  # oldest first
+        self._coming: dict[bytes, Sequence] = {}  # keys of prompt blocks that are being computed, and for whom
 
     @property
     def num_waiting(self) -> int:
@@ -64,6 +73,11 @@ class Scheduler:
         seq.status = Status.FINISHED
         seq.leader = None
 
+    def discard(self, seq: Sequence) -> None:
+        """Take a sequence out whose values are not numbers: nobody shall find them again."""
+        self.finish(seq)
+        self.pool.forget(seq.block_keys)
+
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to do. A step that was scheduled must be run and applied."""
         items: list[tuple[Sequence, int]] = []
@@ -79,6 +93,8 @@ class Scheduler:
         full, items = len(still) < len(items), still
         while budget and not full and len(self._running) < self._max_size:
             first = self._next_waiting()
+            if first is not None and self._must_wait(first):
+                continue
             if first is None or not self._admit(first):
                 break
             budget -= self._take(first, budget, items)
@@ -95,12 +111,15 @@ class Scheduler:
         for seq, item in zip(step.sequences, step.batch.items, strict=True):
             if seq.status is Status.RUNNING:
                 seq.num_cached += item.num_tokens
+                if self._by_content and item.start < seq.prompt_len:
+                    self._keep(seq, min(seq.num_cached, seq.prompt_len))
                 if seq.seq_id in tokens:
                     seq.token_ids.append(tokens[seq.seq_id])
 
     def check_idle(self) -> None:
         """Assert that nothing was leaked, when nothing waits or runs."""
         if not self.num_waiting and not self._running:
+            assert not self._coming
             self.pool.check_idle()
 
     def _take(self, seq: Sequence, budget: int, items: list[tuple[Sequence, int]]) -> int:
@@ -140,13 +159,10 @@ class Scheduler:
         return best
 
     def _admit(self, seq: Sequence) -> bool:
-        """Start a sequence if the blocks of its whole prompt are free (minus those it shares); else leave it."""
-        shared: list[int] = []
-        if seq.leader is not None and seq.leader.status is Status.RUNNING and not seq.block_ids:
-            # at least one prompt token is computed again: its logits are what the first sample is drawn from
-            shared = seq.leader.block_ids[: (seq.prompt_len - 1) // self.pool.block_size]
+        """Start a sequence if the blocks of all its tokens are free (minus those it shares); else leave it."""
+        shared = self._shared(seq)
         needed = self.pool.blocks_for(len(seq.token_ids)) - len(shared)
-        if needed > self.pool.num_free:
+        if needed > self.pool.num_free_beside(shared):
             return False
         self._leave_queue(seq)
         self.pool.share(shared)
@@ -155,7 +171,57 @@ class Scheduler:
         seq.leader = None
         seq.status = Status.RUNNING
         self._running.append(seq)
+        if self._by_content:
+            if not seq.num_preemptions:
+                self.prefix_queries_tokens += seq.prompt_len
+                self.prefix_hits_tokens += seq.num_cached
+            for key in self._keys(seq, seq.prompt_len)[len(shared) :]:
+                self._coming.setdefault(key, seq)
         return True
+
+    def _shared(self, seq: Sequence) -> list[int]:
+        """The full blocks of its head that a sequence need not compute.
+
+        At least one token is computed again: its logits are what the next sample is drawn from. A prompt to be scored
+        is computed whole.
+        """
+        most = (len(seq.token_ids) - 1) // self.pool.block_size
+        if seq.scores_prompt:
+            return []
+        if self._by_content:
+            return self.pool.find(self._keys(seq, most * self.pool.block_size))
+        if seq.leader is not None and seq.leader.status is Status.RUNNING:
+            return seq.leader.block_ids[:most]
+        return []
+
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Whether most of what a new sequence would compute is being computed for a running one, now its leader."""
+        if not self._by_content or seq.scores_prompt or seq.num_preemptions or not self._coming:
+            return False
+        keys, found = self._keys(seq, seq.prompt_len - 1), len(self._shared(seq))
+        leader = self._coming.get(keys[found]) if found < len(keys) else None
+        common = found
+        while common < len(keys) and self._coming.get(keys[common]) is leader:
+            common += 1
+        size = self.pool.block_size
+        if leader is None or 2 * (common - found) * size < seq.prompt_len - found * size:
+            return False
+        seq.leader, seq.common_len = leader, common * size
+        return True
+
+    def _keys(self, seq: Sequence, num_tokens: int) -> list[bytes]:
+        """The keys of the full blocks among a sequence's first tokens."""
+        keys, size = seq.block_keys, self.pool.block_size
+        for at in range(len(keys) * size, num_tokens - size + 1, size):
+            keys.append(block_key(keys[-1] if keys else b"", seq.token_ids[at : at + size]))
+        return keys[: num_tokens // size]
+
+    def _keep(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the full blocks of a sequence's first tokens, which the cache holds, findable."""
+        for i, key in enumerate(self._keys(seq, num_tokens)):
+            seq.block_ids[i] = self.pool.keep(seq.block_ids[i], key)
+            if self._coming.get(key) is seq:
+                del self._coming[key]
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)
@@ -173,6 +239,12 @@ class Scheduler:
                 del self._waiting[seq.group]
 
     def _release(self, seq: Sequence) -> None:
+        """Let go of a sequence's blocks; what it generated can now be found too."""
+        if self._by_content:
+            self._keep(seq, seq.num_cached)
+            for key in seq.block_keys:
+                if self._coming.get(key) is seq:
+                    del self._coming[key]
         self.pool.free(seq.block_ids)
         seq.block_ids = []
         seq.num_cached = 0
@@ -190,5 +262,5 @@ class Scheduler:
 
 
 def _waits_for_leader(seq: Sequence) -> bool:
-    leader = seq.leader
-    return leader is not None and leader.status is not Status.FINISHED and leader.num_cached < seq.prompt_len
+    leader, common = seq.leader, seq.prompt_len if seq.common_len is None else seq.common_len
+    return leader is not None and leader.status is not Status.FINISHED and leader.num_cached < common

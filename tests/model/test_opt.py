@@ -66,6 +66,19 @@ def test_decoding_reads_blocks_in_place_scattered_or_shared(blocks: tuple[list[i
         torch.testing.assert_close(found, logits(hf, sequence)[-1:], atol=1e-4, rtol=0)
 
 
+def test_decoding_reads_shared_heads_and_several_ranges_of_the_pool() -> None:
+    hf = tiny_opt("pre-norm")
+    ours = Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), num_blocks=80)
+    long, short = tokens(16, 5), tokens(8, 6)
+    tables = [[40, 2, 70 + i] for i in range(5)] + [[10, 20 + i] for i in range(3)] + [[0, 79]]
+    sequences = [[*long, 20 + i, 30, 31] for i in range(5)] + [[*short, 50 + i, 9] for i in range(3)] + [tokens(11, 7)]
+    for sequence, blocks in zip(sequences, tables, strict=True):
+        ours.step((sequence[:-1], 0, blocks))
+    batch = [(sequence, len(sequence) - 1, blocks) for sequence, blocks in zip(sequences, tables, strict=True)]
+    for found, sequence in zip(ours.step(*batch), sequences, strict=True):
+        torch.testing.assert_close(found, logits(hf, sequence)[-1:], atol=1e-4, rtol=0)
+
+
 def test_a_block_left_full_of_nan_does_not_reach_its_next_owner() -> None:
     ours, hf = driver("pre-norm")
     for pool in (*ours.cache.keys, *ours.cache.values):

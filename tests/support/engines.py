@@ -15,6 +15,7 @@ from metaseq_api.core import Completion, Request, SamplingParams
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.limits import Limits
+from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT
@@ -41,15 +42,21 @@ def running_engine(
     max_queue: int = 1000,
     context: ParallelContext | None = None,
     fails: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix_cache: bool = True,
+    results: ResultCache | None = None,
 ) -> Iterator[Engine]:
     """Start an engine; at the end prove that it is idle, whole, and leaked no block."""
     hf = tiny_model()
     config, context = config_of(hf), context or ParallelContext()
-    model = OPT(config, context, torch.float32)
+    model = OPT(config, context, dtype)
     model.load(TensorWeights(metaseq_weights(hf)))
-    cache = KVCache(config, context, torch.float32, num_blocks=num_blocks, block_size=block_size)
+    cache = KVCache(config, context, dtype, num_blocks=num_blocks, block_size=block_size)
     scheduler = Scheduler(
-        BlockPool(num_blocks, block_size), max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size
+        BlockPool(num_blocks, block_size),
+        max_batch_tokens=max_batch_tokens,
+        max_batch_size=max_batch_size,
+        prefix_cache=prefix_cache,
     )
     engine = Engine(
         worker=Worker(model, cache),
@@ -59,6 +66,7 @@ def running_engine(
         limits=Limits(max_seq_len=WINDOW, max_samples=8, max_queue=max_queue),
         model_name="tiny",
         heartbeat_s=0.05,
+        results=results,
     )
     engine.start()
     try:
