@@ -34,3 +34,5 @@ CACHE_LIST_SIZE = 0
 
 METASEQ_COMPAT = False
 """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
+CHAT_TEMPLATE = None
+"""File of a Jinja2 template for /v1/chat/completions, as Hugging Face's are. None: lines of User: and Assistant:"""

@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", default=None, help="compute every prompt whole")
     add("--cache-size", type=int, metavar="N", help="answers kept for requests that are asked again (default: 0, none)")
     add("--cache-list-size", type=int, metavar="N", help="of a request that draws at random, answers kept (default: 0)")
+    add(
+        "--chat-template", metavar="FILE", help="Jinja2, for /v1/chat/completions (default: User: and Assistant: lines)"
+    )
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser

@@ -63,6 +63,8 @@ class Settings:
     """Units: seconds without a sign of life after which a rank counts as lost."""
     metaseq_compat: bool = False
     """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
+    chat_template: Path | None = None
+    """A Jinja2 template that makes a conversation a prompt, as Hugging Face's; None: User: and Assistant: lines."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -91,6 +93,7 @@ _NAMES: dict[str, str] = {
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
     "METASEQ_COMPAT": "metaseq_compat",
+    "CHAT_TEMPLATE": "chat_template",
 }
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
@@ -140,12 +143,6 @@ def _text(v: Any) -> str:
     return v
 
 
-def _bool(v: Any) -> bool:
-    if not isinstance(v, bool):
-        raise TypeError("True or False")
-    return v
-
-
 def _seconds(v: Any) -> float:
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 1 <= v <= 86400:
         raise TypeError("seconds from 1 to 86400")
@@ -156,6 +153,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "checkpoint": _path,
     "bpe_vocab": _path,
     "bpe_merges": _path,
+    "chat_template": _path,
     "host": _text,
     "port": _int(0, 65535),
     "model_parallel": _int(1, 1024),

@@ -7,12 +7,9 @@ there, JSON, one line in the log. A later guard (keys, limits) is one more `befo
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
-import json
 import logging
-import math
 import re
 import threading
 import time
@@ -33,8 +30,11 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import fields, schema
+from metaseq_api.server import schema
+from metaseq_api.server.around import Around
 from metaseq_api.server.stream import Stream, stopping
+from metaseq_api.server.wire import read_json as _read_json
+from metaseq_api.server.wire import to_json as _json
 from metaseq_api.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -100,9 +100,8 @@ def create_app(
     for path in COMPLETION_PATHS:
         app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
     app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
-    app.add_url_rule("/v1/models", "models", front.models, methods=["GET"])
-    app.add_url_rule("/health", "health", front.health, methods=["GET"])
     app.add_url_rule("/", "page", front.page, methods=["GET"])
+    Around(engine, settings, front, clock=clock, new_id=new_id, closing=closing).install(app)
     return app
 
 
@@ -118,7 +117,6 @@ class _Front:
         closing: threading.Event,
     ) -> None:
         self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
-        self.started = int(clock())
         self.html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
 
     # views
@@ -129,8 +127,8 @@ class _Front:
         request = schema.parse_completion(body, self.engine, self.settings, f"cmpl-{self.new_id()}")
         include_usage = schema.wants_usage(body)
         if request.stream:
-            return self._stream(request, include_usage)
-        completions = self._complete(request)
+            return self.stream(request, include_usage, Stream)
+        completions = self.complete(request)
         created = int(self.clock())
         answer = schema.render_completion(
             request,
@@ -149,30 +147,7 @@ class _Front:
         else:
             body = _read_json(" or a form")
         request = schema.parse_generate(body, self.engine, f"gen-{self.new_id()}")
-        return _json(schema.render_generate(body["prefix"], self._complete(request)[0]))
-
-    def models(self) -> Response:
-        model = {
-            "id": self.engine.model_name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "metaseq-api",
-            "max_model_len": self.engine.max_seq_len,
-        }
-        return _json({"object": "list", "data": [model]})
-
-    def health(self) -> Response:
-        """200 while requests are answered, else 503; never waits for the model."""
-        health = self.engine.health()
-        ages = [round(age, 3) if math.isfinite(age) else None for age in health.rank_age_s]
-        alive = health.alive and not self.closing.is_set()
-        answer = {
-            "status": "ok" if alive else "stopped",
-            "model": self.engine.model_name,
-            **dataclasses.asdict(health),
-            "rank_age_s": ages,
-        }
-        return _json(answer, 200 if alive else 503)
+        return _json(schema.render_generate(body["prefix"], self.complete(request)[0]))
 
     def page(self) -> Response:
         headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
@@ -180,7 +155,7 @@ class _Front:
 
     # the engine
 
-    def _complete(self, request: Request) -> list[Completion]:
+    def complete(self, request: Request) -> list[Completion]:
         """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
         completions = self._await(request)
         reasons = ",".join(sorted({c.finish_reason.value for c in completions}))
@@ -208,7 +183,7 @@ class _Front:
             answer.cancel()
             raise
 
-    def _stream(self, request: Request, include_usage: bool) -> Response:
+    def stream(self, request: Request, include_usage: bool, kind: type[Stream]) -> Response:
         """The head of an answer whose events follow; its line in the log comes with the last of them."""
         line = self._line(200)
         g.said = None
@@ -216,7 +191,7 @@ class _Front:
         def end(num_tokens: int, how: str | None) -> None:
             line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}")
 
-        stream = Stream(
+        stream = kind(
             request,
             self.engine.submit(request),
             model=self.engine.model_name,
@@ -313,23 +288,6 @@ def _explain(http_id: str, error: Exception) -> dict[str, Any]:
         ours = MetaseqApiError()
     says = f"something went wrong in the server; its log has the reason under request id {http_id}"
     return schema.render_error(ours, says)
-
-
-def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(body, allow_nan=False), status, mimetype="application/json")
-
-
-def _read_json(other: str = "") -> dict[str, Any]:
-    """The body of this request. Raises: UnsupportedMediaType, PayloadTooLarge, RequestError."""
-    request = flask.request
-    if not request.is_json:
-        sent = f"is {request.mimetype[:100]}" if request.mimetype else "is missing"
-        raise UnsupportedMediaType(
-            f"Content-Type {sent}; send JSON{other} and say so (curl: -H 'Content-Type: application/json')"
-        )
-    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        raise UnsupportedMediaType("the body is compressed (Content-Encoding); send it as it is")
-    return fields.read_json(request.get_data(cache=False))
 
 
 def _translate(error: HTTPException, allow: str | None) -> RequestError:
