@@ -188,6 +188,7 @@ def _shared() -> Schema:
 def _of_reader(name: str, read: Callable[..., Any], token_id: Schema | None = None) -> Schema:
     """What a field's own reader takes, within the range that SamplingParams has."""
     low, high = RANGES.get(name, (None, None))
+    low = None if name in params.OFF_BELOW else low
     token_id = token_id or {"type": "integer"}
     stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN}
     stops = {"type": "array", "items": stop, "maxItems": MAX_STOP}

@@ -177,6 +177,7 @@ class FakeEngine:
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=num_tokens,
+            first_top=tuple((5 + i, float(-i)) for i in range(params.logprobs or 0)),
             logprobs=None
             if params.logprobs is None
             else self._logprobs(shown, params.logprobs, params.echo, len(prompt)),
