@@ -47,8 +47,9 @@ class Channel:
     def ages_s(self, now: float) -> tuple[float, ...]:
         """Driver: how long ago each rank was last known to live.
 
-        A heartbeat is answered by each rank for itself; of a step it is known only when all have done it, so that
-        during one all ages grow alike. The driver that waits for a heartbeat's answers lives.
+        A heartbeat is answered by each rank for itself, but comes to some through others (gloo hands it on in a tree),
+        which are then late with it; of a step it is known only when all have done it, so that during one all ages
+        grow alike. The driver that waits for a heartbeat's answers lives.
         """
         meeting = self._meeting
         return tuple(0.0 if meeting and r == 0 else max(now - t, 0.0) for r, t in enumerate(self._heard))

@@ -53,4 +53,7 @@ class Pulse:
             return f"a step has been running for {step_s:.0f} s; some rank is stuck" if step_s > most else ""
         # a rank is heard of every heartbeat: at twice that it is late, and still within TIMEOUT_S
         late = [str(r) for r, age in enumerate(self._channel.ages_s(now)) if age > 2 * self._heartbeat_s]
-        return f"rank {', '.join(late)} has not been heard of for {2 * self._heartbeat_s:.0f} s" if late else ""
+        if not late:
+            return ""
+        behind = "; one of them is stuck, and the others get their orders through it" if len(late) > 1 else ""
+        return f"rank {', '.join(late)} not heard of for {2 * self._heartbeat_s:.0f} s{behind}"

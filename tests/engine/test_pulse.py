@@ -35,7 +35,7 @@ def test_nothing_is_wrong_before_the_engine_has_begun(channel: Channel) -> None:
 def test_ranks_are_late_at_twice_the_heartbeat(pulse: Pulse) -> None:
     now = time.monotonic()
     assert pulse.complaint(now + 19) == ""
-    assert pulse.complaint(now + 21) == "rank 0, 1, 2 has not been heard of for 20 s"
+    assert pulse.complaint(now + 21).startswith("rank 0, 1, 2 not heard of for 20 s; one of them")
 
 
 def test_a_step_is_too_long_at_twice_the_heartbeat_or_four_times_the_slowest(channel: Channel) -> None:

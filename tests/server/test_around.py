@@ -33,7 +33,7 @@ def test_the_version_is_the_packages(client: FlaskClient) -> None:
 
 
 def test_health_tells_stuck_from_stopped(client: FlaskClient, engine: FakeEngine) -> None:
-    engine.stuck = "rank 3 has not been heard of for 20 s"
+    engine.stuck = "rank 3 not heard of for 20 s"
     answer = client.get("/health")
     assert (answer.status_code, answer.json["status"], answer.json["reason"]) == (503, "stuck", engine.stuck)
     engine.stopped = "gone"
