@@ -15,7 +15,19 @@ from metaseq_api.engine.results import ResultCache
 from metaseq_api.errors import Overloaded
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-OTHER: dict[str, object] = {"stop": ("x",), "top_k": 3, "seed": 9, "best_of": 4, "logprobs": 1}
+OTHER: dict[str, object] = {
+    "stop": ("x",),
+    "stop_token_ids": (7,),
+    "logit_bias": ((7, 1.0),),
+    "top_k": 3,
+    "seed": 9,
+    "best_of": 4,
+    "logprobs": 1,
+    "prompt_logprobs": 1,
+    "alpha_src_penalty_end_idx": 3,
+    "lambda_decay": 0.9,
+    "omega_bound": 0.5,
+}
 
 
 def request(prompt: tuple[int, ...] = (5, 6), params: SamplingParams = GREEDY, name: str = "a") -> Request:
