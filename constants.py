@@ -43,3 +43,5 @@ CORS_ORIGINS = None
 """Origins whose pages may call this service from a browser, e.g. "https://example.org,http://localhost:3000"."""
 REQUEST_TIMEOUT_S = None
 """Most seconds that a request may take; then it ends with 504. None: as long as it takes."""
+CHAT_TEMPLATE = None
+"""File of a Jinja2 template for /v1/chat/completions, as Hugging Face's are. None: lines of User: and Assistant:"""

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--cors-origins", metavar="LIST", help="origins whose pages may call this service, with commas; * for any")
     add("--request-timeout-s", type=float, metavar="S", help="most seconds that a request may take (default: no end)")
     add("--guard-metrics", action="store_true", default=None, help="ask for a key at /metrics too")
+    add(
+        "--chat-template", metavar="FILE", help="Jinja2, for /v1/chat/completions (default: User: and Assistant: lines)"
+    )
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser

@@ -80,6 +80,8 @@ class Settings:
     """Origins, with commas between, whose pages may call this service from a browser; "*" means any."""
     request_timeout_s: float | None = None
     """Units: seconds that a request has at most, and where it says nothing; None: as long as it takes."""
+    chat_template: Path | None = None
+    """A Jinja2 template that makes a conversation a prompt, as Hugging Face's; None: User: and Assistant: lines."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -114,6 +116,7 @@ _NAMES: dict[str, str] = {
     "GUARD_METRICS": "guard_metrics",
     "CORS_ORIGINS": "cors_origins",
     "REQUEST_TIMEOUT_S": "request_timeout_s",
+    "CHAT_TEMPLATE": "chat_template",
 }
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
@@ -180,6 +183,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "checkpoint": _path,
     "bpe_vocab": _path,
     "bpe_merges": _path,
+    "chat_template": _path,
     "host": _text,
     "port": _int(0, 65535),
     "model_parallel": _int(1, 1024),

@@ -26,7 +26,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale"}),
     "model": (LOW | {"core", "parallel"}, TENSOR),
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
-    "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug"}),
+    "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug", "jinja2", "prometheus_client"}),
     "bench": (
         LOW | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"},
         {"torch", "transformers"},

@@ -68,7 +68,8 @@ class Completion:
 
     num_prompt_tokens leaves out the </s> that the engine puts in front; num_tokens counts what was generated.
     mean_logprob: what best_of ranks by; over the generated tokens and the </s> that ended them, so that an empty text
-    is judged too. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client itself sent.
+    is judged too. first_top: of the first place, the likeliest ids with their log-probabilities, as many as `logprobs`
+    asked for. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client itself sent.
     """
 
     prompt_index: int
@@ -80,6 +81,7 @@ class Completion:
     num_tokens: int
     logprobs: TokenLogprobs | None = None
     mean_logprob: float = 0.0
+    first_top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[dict[int, RankedToken] | None, ...] | None = None
 
 

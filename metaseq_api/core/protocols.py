@@ -9,11 +9,17 @@ from typing import Protocol
 
 from metaseq_api.core.completion import Completion, Delta
 from metaseq_api.core.request import Request
+from metaseq_api.core.stats import Stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """What the engine says of itself. `alive` False means: no request will be answered any more."""
+    """What the engine says of itself. `alive` False means: no request will be answered any more.
+
+    rank_age_s: since a rank was last known to live, by rank. stuck: one has not been heard of for too long, or a step
+    takes too long; `reason` says which. ready: a request sent now would be begun. step_age_s: how long the running step
+    has taken; None where none runs. Units: seconds.
+    """
 
     alive: bool
     reason: str
@@ -22,6 +28,9 @@ class Health:
     num_free_blocks: int
     num_blocks: int
     rank_age_s: tuple[float, ...]
+    stuck: bool = False
+    ready: bool = True
+    step_age_s: float | None = None
 
 
 class Answer(Protocol):
@@ -76,6 +85,11 @@ class EngineProtocol(Protocol):
     @property
     def vocab_size(self) -> int:
         """Ids a prompt may hold: 0 to vocab_size - 1."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """What it counts of its work."""
         ...
 
     def encode(self, text: str) -> list[int]:

@@ -19,7 +19,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 
 # field -> least, most; None is always allowed where it is a field's default
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -90,7 +90,7 @@ class SamplingParams:
         stop: object = self.stop
         if not isinstance(stop, tuple):  # a caller's list, or a single string, which is no sequence of letters
             object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
-        for name, (least, most) in _RANGES.items():
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             _check(value is None or least <= value <= most, name, value, f"between {least} and {most}")
         self._check_counts()

@@ -32,8 +32,27 @@ class Channel:
         self._context = context
         self._alone = context.tensor_size == 1
         self._buffer = torch.zeros(CAPACITY, dtype=torch.int32)
-        self.last_heard = time.monotonic()
-        """When all ranks last took part in something. Units: seconds of the monotonic clock."""
+        self._heard = [time.monotonic()] * context.tensor_size
+        self._meeting = False
+
+    @property
+    def last_heard(self) -> float:
+        """When the rank that was heard of longest ago was. Units: seconds of the monotonic clock."""
+        return min(self._heard)
+
+    def note_all(self, now: float) -> None:
+        """Driver: every rank has taken part in something."""
+        self._heard = [now] * len(self._heard)
+
+    def ages_s(self, now: float) -> tuple[float, ...]:
+        """Driver: how long ago each rank was last known to live.
+
+        A heartbeat is answered by each rank for itself, but comes to some through others (gloo hands it on in a tree),
+        which are then late with it; of a step it is known only when all have done it, so that during one all ages
+        grow alike. The driver that waits for a heartbeat's answers lives.
+        """
+        meeting = self._meeting
+        return tuple(0.0 if meeting and r == 0 else max(now - t, 0.0) for r, t in enumerate(self._heard))
 
     def send_batch(self, batch: Batch) -> None:
         """Driver: have every rank run `batch`."""
@@ -57,14 +76,13 @@ class Channel:
             rest = torch.empty(length - (CAPACITY - 2), dtype=torch.int32)
             dist.broadcast(rest, src=0, group=self._context.control)
             words = torch.cat([self._buffer[2:], rest])
-        self.last_heard = time.monotonic()
         if kind == Order.HEARTBEAT:
-            self._meet()
+            dist.send(torch.tensor([self._context.rank], dtype=torch.int32), 0, group=self._context.control)
         return Order(kind), Batch.unpack(words.tolist()) if kind == Order.STEP else None
 
     def _send(self, order: Order, words: array[int]) -> None:
         if self._alone:
-            self.last_heard = time.monotonic()
+            self.note_all(time.monotonic())
             return
         payload = torch.frombuffer(words, dtype=torch.int32) if words else torch.empty(0, dtype=torch.int32)
         fits = payload[: CAPACITY - 2]
@@ -75,6 +93,13 @@ class Channel:
             dist.broadcast(payload[len(fits) :].clone(), src=0, group=self._context.control)
 
     def _meet(self) -> None:
-        if not self._alone:
-            dist.all_reduce(torch.zeros(1), group=self._context.control)
-            self.last_heard = time.monotonic()
+        """Wait for the answer of every other rank, in the order in which they come."""
+        if self._alone:
+            return
+        answer = torch.zeros(1, dtype=torch.int32)
+        self._meeting = True
+        for _ in range(1, len(self._heard)):
+            dist.recv(answer, group=self._context.control)
+            self._heard[int(answer)] = time.monotonic()
+        self._heard[0] = time.monotonic()
+        self._meeting = False

@@ -20,12 +20,13 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence
+from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence, Stats
 from metaseq_api.core.request import BOS_ID
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.deadlines import Deadlines
 from metaseq_api.engine.drain import DrainRate
 from metaseq_api.engine.limits import Limits
+from metaseq_api.engine.pulse import Pulse
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.teller import Teller
@@ -65,6 +66,7 @@ class Engine:
         self._heartbeat_s, self._results = heartbeat_s, results
         self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID])
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
+        self.stats = Stats()
         self._tracks: dict[int, Track] = {}
         self._leaders: dict[tuple[Ticket, int], Track] = {}
         self._by_ticket: dict[Ticket, list[Track]] = {}
@@ -76,6 +78,7 @@ class Engine:
         self._next_id = 0
         self._stopped = ""
         self._stop_at: float | None = None
+        self._pulse = Pulse(channel, self.stats, heartbeat_s)
         self._ended = threading.Event()
         self._failed = False
 
@@ -118,6 +121,7 @@ class Engine:
                 ticket.answer(known)
                 return ticket
             if self._num_queued + num > self._limits.max_queue:
+                self.stats.rejected += 1
                 raise Overloaded(
                     f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
                     f"the server takes {self._limits.max_queue}: try again later",
@@ -129,16 +133,19 @@ class Engine:
         return ticket
 
     def health(self) -> Health:
-        pool = self._scheduler.pool
-        age = time.monotonic() - self._channel.last_heard
+        pool, now = self._scheduler.pool, time.monotonic()
+        stuck = self._pulse.complaint(now)
         return Health(
             alive=not self._stopped,
-            reason=self._stopped,
+            reason=self._stopped or stuck,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
-            rank_age_s=(age,) * self._worker.model.context.tensor_size,
+            rank_age_s=self._channel.ages_s(now),
+            stuck=bool(stuck),
+            ready=self._pulse.begun and not self._stopped and not stuck,
+            step_age_s=self._pulse.step_age_s(now),
         )
 
     def stop(self, grace_s: float = 0.0) -> None:
@@ -157,6 +164,7 @@ class Engine:
 
     def run(self) -> None:
         """Answer requests until stopped; returns when every one is answered, also where a step failed."""
+        self._pulse.begin()
         try:
             while self._stop_at is None or (self._num_queued and time.monotonic() < self._stop_at):
                 self.turn()
@@ -179,7 +187,7 @@ class Engine:
         self._notify()  # of echoes, before the step
         step = self._scheduler.schedule()
         if step is not None:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._pulse.beating():
                 self._run(step)
         self._notify()
 
@@ -207,12 +215,14 @@ class Engine:
 
     def _add(self, ticket: Ticket) -> None:
         request = ticket.request
+        self.stats.ask(request.params.num_samples, request.params.max_tokens, map(len, request.prompts))
         tracks = self._by_ticket[ticket] = []
         self._deadlines.add(ticket)
         for p, prompt in enumerate(request.prompts):
             for s in range(request.params.num_samples):
                 track = self._track(ticket, p, s, list(prompt))
                 tracks.append(track)
+                self.stats.arrive(track.seq.seq_id, ticket.arrived)
         for track in tracks:
             if request.params.max_tokens == 0 and not request.params.scores_prompt:
                 self._answer(track)  # an echo: nothing to compute
@@ -260,6 +270,7 @@ class Engine:
 
     def _run(self, step: Step) -> None:
         """One step on all ranks, from the order to the answers."""
+        began = time.monotonic()
         self._channel.send_batch(step.batch)
         tokens: dict[int, Scored | None] = {}
         unsound: set[Ticket] = set()
@@ -269,7 +280,7 @@ class Engine:
             here, rows = rows[: len(logits)], rows[len(logits) :]
             unsound |= self._score_prompts(logits, here)
             self._sample(logits, here, tokens)
-        self._channel.last_heard = time.monotonic()
+        self._note(step, tokens, began)
         self._scheduler.apply(step, {i: s.token_id for i, s in tokens.items() if s is not None})
         unsound |= {self._tracks[i].ticket for i, scored in tokens.items() if scored is None}
         for ticket in unsound:
@@ -285,6 +296,17 @@ class Engine:
         for seq in step.sequences:
             if seq.params.max_tokens == 0 and seq.num_cached == seq.prompt_len and seq.seq_id in self._tracks:
                 self._answer(self._tracks[seq.seq_id])
+
+    def _note(self, step: Step, tokens: dict[int, Scored | None], began: float) -> None:
+        """Every rank has done its part of a step."""
+        now = time.monotonic()
+        self._channel.note_all(now)
+        num_tokens = sum(item.num_tokens for item in step.batch.items)
+        self.stats.step([seq.seq_id for seq in step.sequences], num_tokens, tokens, began=began, now=now)
+        scheduler = self._scheduler
+        self.stats.num_preemptions = scheduler.num_preemptions
+        self.stats.prefix_queries = scheduler.prefix_queries_tokens
+        self.stats.prefix_hits = scheduler.prefix_hits_tokens
 
     def _score_prompts(self, logits: Tensor, rows: list[tuple[Sequence, int]]) -> set[Ticket]:
         """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1.
@@ -318,6 +340,7 @@ class Engine:
         self._scheduler.finish(track.seq)
         self._tracks.pop(track.seq.seq_id, None)
         track.reason = track.reason or FinishReason.LENGTH
+        self.stats.finish(track.seq.seq_id, track.reason.value, time.monotonic())
         completion = track.completion(self._leaders[track.ticket, track.prompt_index])
         if track.teller is not None:
             self._tell(track, track.teller.tell_rest(completion))
@@ -362,6 +385,7 @@ class Engine:
         self._deadlines.remove(ticket)
         for track in self._by_ticket.pop(ticket):
             self._scheduler.finish(track.seq)
+            self.stats.finish(track.seq.seq_id, "abort", time.monotonic())
             self._tracks.pop(track.seq.seq_id, None)
             self._leaders.pop((ticket, track.prompt_index), None)
         with self._lock:

@@ -7,6 +7,7 @@ Deltas wait here for their reader: no more than the whole answer would be, howev
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,7 @@ class Ticket:
 
     def __init__(self, request: Request, on_cancel: Callable[[Ticket], None]) -> None:
         self.request = request
+        self.arrived = time.monotonic()
         self._on_cancel = on_cancel
         self._ended = threading.Event()
         self._completions: list[Completion] = []

@@ -131,6 +131,7 @@ class Track:
             num_prompt_tokens=len(prompt_ids),
             num_tokens=len(self.scored),
             logprobs=self._logprobs(leader, len(ids), offsets) if p.logprobs is not None else None,
+            first_top=next((s.top[: p.logprobs or 0] for s in (*self.scored, *self.ending)), ()),
             mean_logprob=sum(drawn) / len(drawn) if drawn else 0.0,
             prompt_logprobs=None if p.prompt_logprobs is None else self._prompt_logprobs(leader, p.prompt_logprobs),
         )

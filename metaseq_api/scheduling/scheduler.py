@@ -44,6 +44,7 @@ class Scheduler:
         self.pool = pool
         self.prefix_queries_tokens = 0  # of prompts that were looked up, and of those that were found
         self.prefix_hits_tokens = 0
+        self.num_preemptions = 0
         self._by_content = prefix_cache
         self._max_tokens = max_batch_tokens
         self._max_size = max_batch_size
@@ -241,6 +242,7 @@ class Scheduler:
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_preemptions += 1
+        self.num_preemptions += 1
         self._preempted.appendleft(seq)
 
     def _leave_queue(self, seq: Sequence) -> None:

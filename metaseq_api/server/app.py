@@ -7,17 +7,15 @@ there, JSON, one line in the log. Who may ask, and how much, is `guard`'s: one m
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
-import json
 import logging
 import math
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flask
@@ -33,9 +31,12 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import fields, schema, terms
+from metaseq_api.server import schema, terms
+from metaseq_api.server.around import Around
 from metaseq_api.server.guard import Guard
 from metaseq_api.server.stream import Stream, stopping
+from metaseq_api.server.wire import read_json as _read_json
+from metaseq_api.server.wire import to_json as _json
 from metaseq_api.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -103,9 +104,8 @@ def create_app(
     for path in COMPLETION_PATHS:
         app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
     app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
-    app.add_url_rule("/v1/models", "models", front.models, methods=["GET"])
-    app.add_url_rule("/health", "health", front.health, methods=["GET"])
     app.add_url_rule("/", "page", front.page, methods=["GET"])
+    Around(engine, settings, front, clock=clock, new_id=new_id, closing=closing).install(app)
     return app
 
 
@@ -123,7 +123,6 @@ class _Front:
     ) -> None:
         self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
         self.guard = guard
-        self.started = int(clock())
         self.html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
 
     # views
@@ -132,11 +131,11 @@ class _Front:
         """`engine`, a part of some paths, is not looked at: one service serves one model, as metaseq's does."""
         body = _read_json()
         request = schema.parse_completion(body, self.engine, self.settings, f"cmpl-{self.new_id()}")
-        request = self.guard.admit(request, body)
+        request = self.admit(request, body)
         include_usage = schema.wants_usage(body)
         if request.stream:
-            return self._stream(request, include_usage)
-        completions = self._complete(request)
+            return self.stream(request, include_usage, Stream)
+        completions = self.complete(request)
         created = int(self.clock())
         answer = schema.render_completion(
             request,
@@ -154,31 +153,8 @@ class _Front:
             body = schema.form_to_body(flask.request.form.to_dict(flat=False))
         else:
             body = _read_json(" or a form")
-        request = self.guard.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
-        return _json(schema.render_generate(body["prefix"], self._complete(request)[0]))
-
-    def models(self) -> Response:
-        model = {
-            "id": self.engine.model_name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "metaseq-api",
-            "max_model_len": self.engine.max_seq_len,
-        }
-        return _json({"object": "list", "data": [model]})
-
-    def health(self) -> Response:
-        """200 while requests are answered, else 503; never waits for the model."""
-        health = self.engine.health()
-        ages = [round(age, 3) if math.isfinite(age) else None for age in health.rank_age_s]
-        alive = health.alive and not self.closing.is_set()
-        answer = {
-            "status": "ok" if alive else "stopped",
-            "model": self.engine.model_name,
-            **dataclasses.asdict(health),
-            "rank_age_s": ages,
-        }
-        return _json(answer, 200 if alive else 503)
+        request = self.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
+        return _json(schema.render_generate(body["prefix"], self.complete(request)[0]))
 
     def page(self) -> Response:
         headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
@@ -186,7 +162,11 @@ class _Front:
 
     # the engine
 
-    def _complete(self, request: Request) -> list[Completion]:
+    def admit(self, request: Request, body: Mapping[str, Any]) -> Request:
+        """The request with its owner, priority and deadline. Raises: RequestError, RateLimited, QuotaExceeded."""
+        return self.guard.admit(request, body)
+
+    def complete(self, request: Request) -> list[Completion]:
         """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
         completions = self._await(request)
         self.guard.note(request, completions)
@@ -216,7 +196,7 @@ class _Front:
             answer.cancel()
             raise
 
-    def _stream(self, request: Request, include_usage: bool) -> Response:
+    def stream(self, request: Request, include_usage: bool, kind: type[Stream]) -> Response:
         """The head of an answer whose events follow; its line in the log comes with the last of them."""
         answer = self.engine.submit(request)
         line, settle, whose = self._line(200), self.guard.keep_open(request), self.guard.whose()
@@ -226,7 +206,7 @@ class _Front:
             settle(num_tokens, how is not None)
             line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}{whose}")
 
-        stream = Stream(
+        stream = kind(
             request,
             answer,
             model=self.engine.model_name,
@@ -328,23 +308,6 @@ def _explain(http_id: str, error: Exception) -> dict[str, Any]:
         ours = MetaseqApiError()
     says = f"something went wrong in the server; its log has the reason under request id {http_id}"
     return schema.render_error(ours, says)
-
-
-def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(body, allow_nan=False), status, mimetype="application/json")
-
-
-def _read_json(other: str = "") -> dict[str, Any]:
-    """The body of this request. Raises: UnsupportedMediaType, PayloadTooLarge, RequestError."""
-    request = flask.request
-    if not request.is_json:
-        sent = f"is {request.mimetype[:100]}" if request.mimetype else "is missing"
-        raise UnsupportedMediaType(
-            f"Content-Type {sent}; send JSON{other} and say so (curl: -H 'Content-Type: application/json')"
-        )
-    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        raise UnsupportedMediaType("the body is compressed (Content-Encoding); send it as it is")
-    return fields.read_json(request.get_data(cache=False))
 
 
 def _translate(error: HTTPException, allow: str | None) -> RequestError:

@@ -45,6 +45,9 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
 OF_ONE_SAMPLE = tuple(n for n in READERS if n not in ("max_tokens", "n", "best_of", "echo", "prompt_logprobs"))
 """What /generate takes too, whose answer is one sample without its prompt."""
 
+OFF_BELOW = ("lambda_decay", "alpha_src_penalty_end_idx")
+"""metaseq: all from 0 down is "off"."""
+
 
 def read(body: Mapping[str, Any], vocab_size: int) -> SamplingParams:
     """The parameters a body asks for; null is a field's default. Raises: RequestError naming the field."""
@@ -58,7 +61,7 @@ def read(body: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         given["top_k"] = None
     elif given.get("top_k", 0) > vocab_size:
         given["top_k"] = vocab_size  # the same choice, and an integer of a sane size
-    for name in ("lambda_decay", "alpha_src_penalty_end_idx"):  # metaseq: all from 0 down is "off"
+    for name in OFF_BELOW:
         if given.get(name, 1) <= 0:
             given[name] = None
     return SamplingParams(**given)

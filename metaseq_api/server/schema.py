@@ -29,9 +29,9 @@ CHARS_PER_TOKEN = 256
 """No token stands for more characters, so that a text longer than so many windows is refused before it is encoded."""
 PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
 
-_STREAM_FIELDS = ("stream", "stream_options")
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *terms.FIELDS, *params.READERS})
-_GENERATE_FIELDS = frozenset({"prefix", "length", *terms.FIELDS, *params.OF_ONE_SAMPLE})
+STREAM_FIELDS = ("stream", "stream_options")
+COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *STREAM_FIELDS, *terms.FIELDS, *params.READERS})
+GENERATE_FIELDS = frozenset({"prefix", "length", *terms.FIELDS, *params.OF_ONE_SAMPLE})
 
 
 def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: Settings, request_id: str) -> Request:
@@ -39,20 +39,17 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
 
     Raises: RequestError naming the field.
     """
-    fields.refuse_unknown(body, _COMPLETION_FIELDS)
+    fields.refuse_unknown(body, COMPLETION_FIELDS)
     if body.get("model") is not None:
         fields.text("model", body["model"])
     _refuse_suffix(body.get("suffix"))
-    user, prompts = _read_user(body.get("user")), _read_prompts(body.get("prompt"), engine)
+    user, prompts = _read_user(body.get("user")), read_prompts(body.get("prompt"), engine)
     if settings.metaseq_compat:
         body, prompts = compat.translate(body, prompts, engine, settings.max_beam)
     p = params.read(body, engine.vocab_size)
     if p.max_tokens == 0 and not (p.echo or p.prompt_logprobs is not None or settings.metaseq_compat):
         raise fields.wrong("max_tokens", 0, "1 or more, unless echo is true or prompt_logprobs given (to score it)")
-    _check_size(prompts, p, settings)
-    for i, ids in enumerate(prompts):
-        where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
-        _check_fits(ids, p.max_tokens, engine.max_seq_len, where, "max_tokens")
+    check_room(prompts, p, engine, settings)
     wants_usage(body)  # refused here like every other field
     stream = _read_flag("stream", body.get("stream"))
     if stream and p.prompt_logprobs is not None:
@@ -80,14 +77,14 @@ def parse_generate(body: Mapping[str, Any], engine: EngineProtocol, request_id: 
     A `stop` string, where one is given, may end it earlier. Source: metaseq b8924c0 interactive_hosted.py:327-349.
     Raises: RequestError naming the field.
     """
-    fields.refuse_unknown(body, _GENERATE_FIELDS)
+    fields.refuse_unknown(body, GENERATE_FIELDS)
     for name in ("prefix", "length"):
         if body.get(name) is None:
             raise RequestError(f"{name} is missing; send prefix (a string) and length (a whole number)", param=name)
     length = fields.integer("length", body["length"])
     if length < 1:
         raise fields.wrong("length", length, "1 or more")
-    ids = _encode("prefix", body["prefix"], engine)
+    ids = encode_text("prefix", body["prefix"], engine)
     _check_fits(ids, length, engine.max_seq_len, "prefix", "length")
     given = {name: body[name] for name in params.OF_ONE_SAMPLE if body.get(name) is not None}
     defaults = {"temperature": 0.7, "top_p": 0.9, "logprobs": 0, "ignore_eos": True}
@@ -170,7 +167,7 @@ def _render_choice(index: int, c: Completion) -> dict[str, Any]:
 def _render_ranked(tokens: Mapping[int, RankedToken]) -> dict[str, Any]:
     """As vLLM has it."""
     return {
-        str(token_id): {"logprob": _finite(t.logprob), "rank": t.rank, "decoded_token": t.text}
+        str(token_id): {"logprob": finite(t.logprob), "rank": t.rank, "decoded_token": t.text}
         for token_id, t in tokens.items()
     }
 
@@ -189,16 +186,21 @@ def render_logprobs(logprobs: TokenLogprobs) -> dict[str, Any]:
     top = logprobs.top_logprobs
     return {
         "tokens": list(logprobs.tokens),
-        "token_logprobs": [None if p is None else _finite(p) for p in logprobs.token_logprobs],
+        "token_logprobs": [None if p is None else finite(p) for p in logprobs.token_logprobs],
         "text_offset": list(logprobs.text_offset),
         "top_logprobs": None
         if top is None
-        else [None if at is None else {token: _finite(p) for token, p in at.items()} for at in top],
+        else [None if at is None else {token: finite(p) for token, p in at.items()} for at in top],
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can have it."""
     return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    return value is not None and fields.flag(name, value)
 
 
 def _refuse_suffix(value: Any) -> None:
@@ -211,10 +213,6 @@ def _refuse_suffix(value: Any) -> None:
         )
 
 
-def _read_flag(name: str, value: Any) -> bool:
-    return value is not None and fields.flag(name, value)
-
-
 def _read_user(value: Any) -> str | None:
     if value is None:
         return None
@@ -224,12 +222,12 @@ def _read_user(value: Any) -> str | None:
     return user
 
 
-def _read_prompts(value: Any, engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
+def read_prompts(value: Any, engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
     """Any of the four forms as token ids. "" is the bare start of a text; an empty array is nothing to continue."""
     if value is None:
         raise RequestError(f"prompt is missing; it must be {PROMPT_FORMS}", param="prompt")
     if isinstance(value, str):
-        return (_encode("prompt", value, engine),)
+        return (encode_text("prompt", value, engine),)
     if not isinstance(value, list) or not value:
         raise fields.wrong("prompt", value, PROMPT_FORMS)
     if isinstance(value[0], (int, float)) and not isinstance(value[0], bool):
@@ -239,11 +237,12 @@ def _read_prompts(value: Any, engine: EngineProtocol) -> tuple[tuple[int, ...], 
     if isinstance(value[0], list):
         return tuple(_read_ids(f"prompt[{i}]", ids, engine.vocab_size) for i, ids in enumerate(value))
     if isinstance(value[0], str):
-        return tuple(_encode(f"prompt[{i}]", text, engine) for i, text in enumerate(value))
+        return tuple(encode_text(f"prompt[{i}]", text, engine) for i, text in enumerate(value))
     raise fields.wrong("prompt[0]", value[0], "a string, a token id or an array of token ids")
 
 
-def _encode(where: str, value: Any, engine: EngineProtocol) -> tuple[int, ...]:
+def encode_text(where: str, value: Any, engine: EngineProtocol) -> tuple[int, ...]:
+    """The ids of a text. Raises: RequestError, before it is encoded where it is far too long."""
     text = fields.text(where, value)
     if len(text) > CHARS_PER_TOKEN * engine.max_seq_len:
         raise RequestError(
@@ -261,6 +260,14 @@ def _read_ids(where: str, value: Any, vocab_size: int) -> tuple[int, ...]:
         if type(v) is not int or not 0 <= v < vocab_size:
             raise fields.wrong(f"{where}[{i}]", v, f"a token id, a whole number from 0 to {vocab_size - 1}")
     return tuple(value)
+
+
+def check_room(prompts: Seq[Seq[int]], p: SamplingParams, engine: EngineProtocol, settings: Settings) -> None:
+    """Raises: RequestError where this server does not take so much, or the model's window does not."""
+    _check_size(prompts, p, settings)
+    for i, ids in enumerate(prompts):
+        where = f"prompt[{i}]" if len(prompts) > 1 else "prompt"
+        _check_fits(ids, p.max_tokens, engine.max_seq_len, where, "max_tokens")
 
 
 def _check_size(prompts: Seq[Seq[int]], p: SamplingParams, settings: Settings) -> None:

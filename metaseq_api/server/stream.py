@@ -28,6 +28,8 @@ class Stream:
     read.
     """
 
+    kind = "text_completion"
+
     def __init__(
         self,
         request: Request,
@@ -44,8 +46,10 @@ class Stream:
         self._n = request.params.n
         self._num_prompt_tokens = sum(map(len, request.prompts))
         self._num_tokens = 0
+        self._num_alternatives = request.params.logprobs or 0
         self._reasons: set[str] = set()
-        head = f'{{"id": {quote(request.request_id)}, "object": "text_completion", "created": {created}'
+        self._begun: dict[int, bool] = {}  # by choice: whether any of its text was told
+        head = f'{{"id": {quote(request.request_id)}, "object": "{self.kind}", "created": {created}'
         self._head = f'data: {head}, "model": {quote(model)}, "choices": ['
         self._usage = include_usage
         self._tail = '], "usage": null}\n\n' if include_usage else "]}\n\n"
@@ -106,15 +110,19 @@ class Stream:
             self.leave()
 
     def _render(self, delta: Delta) -> str:
-        self._num_tokens += delta.num_tokens
+        self._count(delta)
         index = delta.prompt_index * self._n + delta.sample_index
         reason = "null"
         if delta.finish_reason is not None:
-            self._reasons.add(delta.finish_reason.value)
             reason = f'"{delta.finish_reason.value}"'
         logprobs = "null" if delta.logprobs is None else json.dumps(schema.render_logprobs(delta.logprobs))
         choice = f'{{"index": {index}, "text": {quote(delta.text)}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
         return f"{self._head}{choice}{self._tail}"
+
+    def _count(self, delta: Delta) -> None:
+        self._num_tokens += delta.num_tokens
+        if delta.finish_reason is not None:
+            self._reasons.add(delta.finish_reason.value)
 
     def _finish(self) -> bytes:
         self.ended = True

@@ -37,7 +37,7 @@ def read_timeout_s(body: Mapping[str, Any], most_s: float | None) -> float | Non
     value = body.get("timeout_ms")
     if value is None:
         return most_s
-    most_ms = round(1000 * (MAX_TIMEOUT_S if most_s is None else most_s))
+    most_ms = round(1000 * longest_s(most_s))
     timeout_ms = fields.integer("timeout_ms", value)
     if not 1 <= timeout_ms <= most_ms:
         raise fields.wrong("timeout_ms", value, f"between 1 and {most_ms} milliseconds")
@@ -46,6 +46,11 @@ def read_timeout_s(body: Mapping[str, Any], most_s: float | None) -> float | Non
 
 OVERDUE_S = 0.25
 """Units: seconds. The engine ends a request that is over its time and says what was done; where it is stuck, we do."""
+
+
+def longest_s(most_s: float | None) -> float:
+    """The most that a request may ask for, where the service allows `most_s`. Units: seconds."""
+    return MAX_TIMEOUT_S if most_s is None else most_s
 
 
 def patience_s(request: Request, poll_s: float, now: float) -> float:

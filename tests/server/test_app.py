@@ -120,6 +120,9 @@ def test_health_is_200_with_the_engines_own_numbers_and_503_once_it_answers_no_m
         "num_free_blocks": 8,
         "num_blocks": 8,
         "rank_age_s": [0.25, None],
+        "stuck": False,
+        "ready": True,
+        "step_age_s": None,
     }
     engine.stopped = "rank 1 died"
     answer = client.get("/health")
@@ -336,7 +339,7 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
 )
-NAMES = st.sampled_from(sorted(schema._COMPLETION_FIELDS | schema._GENERATE_FIELDS)) | st.text(max_size=10)
+NAMES = st.sampled_from(sorted(schema.COMPLETION_FIELDS | schema.GENERATE_FIELDS)) | st.text(max_size=10)
 BODIES = st.dictionaries(NAMES, VALUES, max_size=6) | st.fixed_dictionaries(
     {"prompt": st.text(max_size=6) | st.lists(st.integers(0, 259), min_size=1, max_size=4)},
     optional=dict.fromkeys(params.READERS, SCALARS),

@@ -182,7 +182,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text("0123456789x", max_size=3), SCALARS)
 
 
-@given(body=st.dictionaries(st.sampled_from(sorted(schema._COMPLETION_FIELDS - {"prompt"})), VALUES, max_size=6))
+@given(body=st.dictionaries(st.sampled_from(sorted(schema.COMPLETION_FIELDS - {"prompt"})), VALUES, max_size=6))
 @hypothesis_settings(
     max_examples=300,
     deadline=None,

@@ -122,7 +122,7 @@ def test_every_route_but_the_page_and_health_asks_for_a_key(engine: FakeEngine, 
 
 
 def test_metrics_are_open_unless_the_operator_closes_them(engine: FakeEngine, tmp_path: Path) -> None:
-    for settings, status in ((Settings(), 404), (Settings(guard_metrics=True), 401)):
+    for settings, status in ((Settings(), 200), (Settings(guard_metrics=True), 401)):
         assert guarded(engine, tmp_path, settings=settings).get("/metrics").status_code == status
 
 

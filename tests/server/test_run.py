@@ -112,7 +112,7 @@ def test_openais_client_understands_every_kind_of_error(api: openai.OpenAI, engi
     with pytest.raises(openai.BadRequestError, match="best_of is 2"):
         api.completions.create(model="any", prompt="hi", stream=True, best_of=2)
     with pytest.raises(openai.NotFoundError):
-        api.chat.completions.create(model="any", messages=[])
+        api.embeddings.create(model="any", input="hi")
     with pytest.raises(openai.APIStatusError, match="longer than") as too_large:
         api.completions.create(model="any", prompt="x" * MAX_BODY)
     assert too_large.value.status_code == 413

@@ -35,7 +35,7 @@ def test_all_that_is_left_out_has_its_default(engine: FakeEngine, settings: Sett
 
 
 def test_null_means_the_default_for_every_field_but_the_prompt(engine: FakeEngine, settings: Settings) -> None:
-    names = schema._COMPLETION_FIELDS - {"prompt"}
+    names = schema.COMPLETION_FIELDS - {"prompt"}
     request = parse({"prompt": "hi", **dict.fromkeys(names)}, engine, settings)
     assert request.params == SamplingParams()
 
@@ -157,13 +157,13 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(
 
 
 def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
-    assert set(WRONG_TYPES) == schema._COMPLETION_FIELDS - {"prompt"} - terms.FIELDS
+    assert set(WRONG_TYPES) == schema.COMPLETION_FIELDS - {"prompt"} - terms.FIELDS
 
 
 def test_the_page_on_fields_has_a_row_for_each() -> None:
     page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema._COMPLETION_FIELDS
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema.COMPLETION_FIELDS
 
 
 def test_what_says_off_to_openai_vllm_or_metaseq_says_off_here(engine: FakeEngine, settings: Settings) -> None:
@@ -249,7 +249,7 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "lambda_decay": 0.9,
         "omega_bound": 0.4,
     }
-    assert set(body) | {*terms.FIELDS, *schema._STREAM_FIELDS, "suffix"} == schema._COMPLETION_FIELDS
+    assert set(body) | {*terms.FIELDS, *schema.STREAM_FIELDS, "suffix"} == schema.COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
@@ -428,7 +428,7 @@ def test_an_answer_holds_no_number_that_json_has_not(engine: FakeEngine, setting
     logprobs = answer["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"] == [None, -0.5, -0.5]
     assert logprobs["top_logprobs"] == [None, {"a": -0.5, "never": -9999.0}, {"b": -0.5, "never": -9999.0}]
-    assert schema._finite(float("nan")) == -9999.0
+    assert schema.finite(float("nan")) == -9999.0
 
 
 def test_prompt_scores_are_written_as_vllm_writes_them(engine: FakeEngine, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
-from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, TokenLogprobs
+from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, Stats, TokenLogprobs
 from metaseq_api.errors import EngineStopped
 
 FIRST_BYTE = 4
@@ -122,6 +122,8 @@ class FakeEngine:
         self.fail_with: Exception | None = None
         self.stopped = ""
         self.rank_age_s: tuple[float, ...] = (0.25, float("inf"))
+        self.stuck, self.ready = "", True
+        self.stats = Stats()
 
     def hold(self) -> None:
         """Let requests wait until `free` is set."""
@@ -145,12 +147,14 @@ class FakeEngine:
     def health(self) -> Health:
         return Health(
             alive=not self.stopped,
-            reason=self.stopped,
+            reason=self.stopped or self.stuck,
             num_running=sum(not a.cancelled.is_set() for a in self.answers) if not self.free.is_set() else 0,
             num_waiting=0,
             num_free_blocks=8,
             num_blocks=8,
             rank_age_s=self.rank_age_s,
+            stuck=bool(self.stuck),
+            ready=self.ready and not self.stuck and not self.stopped,
         )
 
     def complete(self, request: Request, prompt_index: int, sample_index: int) -> Completion:
@@ -173,6 +177,7 @@ class FakeEngine:
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=num_tokens,
+            first_top=tuple((5 + i, float(-i)) for i in range(params.logprobs or 0)),
             logprobs=None
             if params.logprobs is None
             else self._logprobs(shown, params.logprobs, params.echo, len(prompt)),
