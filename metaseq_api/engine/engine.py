@@ -344,10 +344,11 @@ class Engine:
         completion = track.completion(self._leaders[track.ticket, track.prompt_index])
         if track.teller is not None:
             self._tell(track, track.teller.tell_rest(completion))
-        track.ticket.add(completion)
-        if track.ticket.ended:
-            if self._results is not None:
-                self._results.add(track.ticket.request, track.ticket.result(0))
+        whole = track.ticket.add(completion)
+        if whole is not None:
+            if self._results is not None:  # before it is handed over: it may be asked for again at once
+                self._results.add(track.ticket.request, whole)
+            track.ticket.end(whole)
             self._drop(track.ticket)
 
     def _tell(self, track: Track, delta: Delta | None) -> None:

@@ -87,19 +87,23 @@ class Ticket:
         if self._wake is not None:
             self._wake()
 
-    def add(self, completion: Completion) -> None:
-        """Engine: one more sample is done; the last one completes the answer."""
+    def add(self, completion: Completion) -> list[Completion] | None:
+        """Engine: one more sample is done; the whole answer with the last one, which `end` then hands over."""
         self._completions.append(completion)
-        if len(self._completions) == self.num_sequences:
-            self._completions = _best(self._completions, self.request.params.n)
-            self._ended.set()
+        if len(self._completions) < self.num_sequences:
+            return None
+        return _best(self._completions, self.request.params.n)
+
+    def end(self, completions: list[Completion]) -> None:
+        """Engine: hand the answer over."""
+        self._completions = completions
+        self._ended.set()
 
     def answer(self, completions: list[Completion]) -> None:
         """Engine: complete the whole answer at once, where it was known before."""
-        self._completions = completions
         if self.request.stream:
             self._deltas.extend(map(Delta.of, completions))
-        self._ended.set()
+        self.end(completions)
 
     def fail(self, error: MetaseqApiError) -> None:
         """Engine: end the request with an error. The first ending counts."""
