@@ -77,8 +77,23 @@ def test_every_curl_of_the_readme_is_answered(service: str, tmp_path: Path) -> N
     curls = [line for b in blocks("sh") for line in b.replace("\\\n", " ").splitlines() if line.startswith("curl")]
     assert len(curls) >= 3
     for line in curls:
-        answer = json.loads(run(line.replace("http://127.0.0.1:6010", service), tmp_path))
-        assert "error" not in answer, (line, answer)
+        answer = run(line.replace("http://127.0.0.1:6010", service), tmp_path)
+        if '"stream": true' in line:
+            *events, last = [event for event in answer.split("\n\n") if event]
+            assert last == "data: [DONE]"
+            answer = events[-1].removeprefix("data: ")
+        assert "error" not in json.loads(answer), (line, answer)
+
+
+def test_the_python_of_the_readme_runs(service: str, tmp_path: Path) -> None:
+    (block,) = blocks("python")
+    text = run(f"python - <<'EOF'\n{block.replace('http://127.0.0.1:6010', service)}\nEOF", tmp_path)
+    assert "string" in text
+
+
+def test_the_programs_of_the_readme_answer(service: str, tmp_path: Path) -> None:
+    line = next(n for b in blocks("sh") for n in b.splitlines() if n.startswith("metaseq-api-complete"))
+    assert run(line.replace("http://127.0.0.1:6010", service), tmp_path).strip()
 
 
 def test_the_routes_of_the_table_are_there(service: str) -> None:
