@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from flask.testing import FlaskClient
+from support.browser import chromium
 
 from metaseq_api.server import page as the_page
 
@@ -27,3 +29,9 @@ def test_a_browser_is_told_to_run_this_script_and_nothing_else(client: FlaskClie
     assert "unsafe" not in policy
     assert "connect-src 'self'" in policy
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_machine_without_a_browser_skips_and_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(pytest.skip.Exception, match="make browser"), chromium():
+        raise AssertionError("a browser from nowhere")

@@ -9,7 +9,7 @@ from pathlib import Path
 from support.browser import chromium, done, run
 from support.service import Service
 
-SIZE = {"width": 1280, "height": 800}
+SIZE = {"width": 1280, "height": 960}
 
 
 def main(target: Path) -> None:
@@ -19,10 +19,11 @@ def main(target: Path) -> None:
             page = browser.new_page(viewport=SIZE, color_scheme="light")
             page.goto(f"{service.url}/")
             page.get_by_text("demo · window").wait_for()
-            run(page, "Return the number of", n=2, seed=4, max_tokens=48)
+            run(page, "Return the number of", n=2, seed=12, max_tokens=48)
             done(page)
             page.get_by_text("0 running").wait_for()
-            page.locator("article").first.locator("[data-token]").nth(3).hover()
+            page.evaluate("scrollTo(0, 0)")  # filling in the seed had brought its field into sight
+            page.locator("article").last.locator("[data-token]").nth(12).hover()
             page.screenshot(path=target)
         finally:
             service.kill()

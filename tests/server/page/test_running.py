@@ -153,10 +153,22 @@ def test_alternatives_show_on_hover_and_one_can_be_taken(service: Service, tab: 
     expect(alternatives).to_be_hidden()
 
 
+def test_a_new_line_can_be_pointed_at_and_is_not_copied(service: Service, tab: Open) -> None:
+    page = tab(service.url)
+    run(page, "Return the", max_tokens=24, temperature=0)
+    done(page)
+    line = page.locator("[data-token].break").first
+    line.hover()
+    alternatives = page.get_by_role("group", name="Alternatives of a token")
+    expect(alternatives.locator("p")).to_contain_text("“⏎")
+    assert "⏎" not in page.locator(".text").inner_text()
+    assert "⏎" not in page.locator(".text").aria_snapshot()
+
+
 def test_alternatives_show_on_a_tap(service: Service, tab: Open) -> None:
     page = tab(service.url, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page.locator("#settings > summary").tap()
-    run(page, "Return the", max_tokens=8, temperature=0)
+    run(page, "Return the", max_tokens=200, min_tokens=200, temperature=0)
     done(page)
     page.locator("[data-token]").nth(1).tap()
     sheet = page.get_by_role("group", name="Alternatives of a token")
@@ -167,6 +179,11 @@ def test_alternatives_show_on_a_tap(service: Service, tab: Open) -> None:
     assert box["y"] + box["height"] == pytest.approx(740, abs=1)
     page.locator("h1").tap()
     expect(sheet).to_be_hidden()
+    page.locator("[data-token]").last.tap()
+    token, box = page.locator(".here").bounding_box(), sheet.bounding_box()
+    assert token
+    assert box
+    assert token["y"] + token["height"] <= box["y"], "the sheet hides the token that it tells of"
 
 
 def test_tokens_are_tinted_by_their_probability_and_the_tint_can_be_taken_off(service: Service, tab: Open) -> None:
