@@ -100,7 +100,7 @@ def test_stop_frees_the_request(service: Service, tab: Open, how: str) -> None:
         page.keyboard.press("Escape")
     expect(page.locator("#say")).to_have_text("Stopped.")
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
-    until(lambda: service.running == 0, "the request to be freed", 2)
+    until(lambda: service.running == 0, "the request to be freed", 5)
     assert page.locator("article footer").all_inner_texts() == [""] * 8, "none had ended by itself"
     expect(page.locator("#service")).to_contain_text("0 running")
 
