@@ -6,16 +6,18 @@ BIN := $(VENV)/bin
 DEMO := run/demo
 PARTS := 0 1
 
-.PHONY: help serve test test-slurm test-fresh lint types bench package demo clean
+.PHONY: help serve test browser test-slurm test-fresh lint types bench package demo page-png clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
+	@echo "make browser     Debian's Chromium, for the page's tests (root); without one they are skipped"
 	@echo "make test-slurm  on a throw-away SLURM of fake nodes (root, Debian)"
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
+	@echo "make page-png    docs/page.png, the page as it looks now"
 
 $(BIN)/.serve: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +44,9 @@ serve: $(DEMO)/.done
 test: $(BIN)/.test
 	$(BIN)/pytest -m "not slurm and not fresh"
 
+browser:
+	tests/support/browser.sh
+
 test-slurm: $(BIN)/.test
 	$(BIN)/pytest -m slurm
 
@@ -67,6 +72,9 @@ package: $(BIN)/.test
 
 demo: $(BIN)/.test
 	$(BIN)/python -m metaseq_api.scripts.make_demo_checkpoint --output metaseq_api/demo
+
+page-png: $(BIN)/.test
+	PYTHONPATH=tests $(BIN)/python tests/support/page_png.py docs/page.png
 
 clean:
 	rm -rf $(VENV) run build dist *.egg-info

@@ -1,6 +1,7 @@
 """The routes: what each reads, whom it asks, what it answers; and every error, of any kind, as JSON.
 
-Knows HTTP. Does not know the fields of a body (`schema`), sockets and threads (`run`), or how text is made.
+Knows HTTP. Does not know the fields of a body (`schema`), sockets and threads (`run`), the page (`page`), or how
+text is made.
 The life of a request here: an id, a body, a `core.Request`, the engine's Answer awaited while the client is still
 there, JSON, one line in the log. Who may ask, and how much, is `guard`'s: one more hook on either side.
 """
@@ -8,7 +9,6 @@ there, JSON, one line in the log. Who may ask, and how much, is `guard`'s: one m
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import logging
 import math
 import re
@@ -31,7 +31,7 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import schema, terms
+from metaseq_api.server import page, schema, terms
 from metaseq_api.server.around import Around
 from metaseq_api.server.guard import Guard
 from metaseq_api.server.stream import Stream, stopping
@@ -60,10 +60,6 @@ COMPLETION_PATHS = (
 )
 RETRY_AFTER = {429: "1", 503: "5"}
 """Units: seconds, by status, where the error itself does not know better."""
-CONTENT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -123,7 +119,8 @@ class _Front:
     ) -> None:
         self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
         self.guard = guard
-        self.html = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
+        self.html = page.read()
+        self.content_policy = page.policy(self.html)
 
     # views
 
@@ -157,7 +154,7 @@ class _Front:
         return _json(schema.render_generate(body["prefix"], self.complete(request)[0]))
 
     def page(self) -> Response:
-        headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": self.content_policy, "Cache-Control": "no-cache"}
         return Response(self.html, mimetype="text/html", headers=headers)
 
     # the engine
