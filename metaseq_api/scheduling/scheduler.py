@@ -60,7 +60,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into the pool when it is alone."""
-        assert self.pool.blocks_for(seq.max_len) <= self.pool.num_blocks
+        most = max(seq.prompt_len, seq.max_len - 1)  # the last token is never fed
+        assert self.pool.blocks_for(most) <= self.pool.num_blocks
         self._waiting.setdefault(seq.group, deque()).append(seq)
 
     def finish(self, seq: Sequence) -> None:

@@ -297,22 +297,22 @@ def test_a_length_that_just_fits_is_taken_and_one_more_names_what_would_fit(
     engine: FakeEngine, settings: Settings
 ) -> None:
     prompt = "x" * 40
-    assert parse({"prompt": prompt, "max_tokens": 23}, engine, settings).params.max_tokens == 23
-    error = refusal({"prompt": prompt, "max_tokens": 24}, engine, settings)
+    assert parse({"prompt": prompt, "max_tokens": 24}, engine, settings).params.max_tokens == 24
+    error = refusal({"prompt": prompt, "max_tokens": 25}, engine, settings)
     assert error.param == "max_tokens"
     assert error.code == "context_length_exceeded"
     assert str(error) == (
-        "max_tokens is 24, but prompt and the leading </s> take 41 of the model's window of 64 tokens; "
-        "at most 23 fit, or shorten the prompt"
+        "max_tokens is 25, but prompt and the leading </s> take 41 of the model's window of 64 tokens; "
+        "at most 24 fit (the last needs no place), or shorten the prompt"
     )
 
 
 def test_a_prompt_too_long_by_itself_is_named_with_its_place(engine: FakeEngine, settings: Settings) -> None:
-    assert parse({"prompt": "x" * 62, "max_tokens": 1}, engine, settings)
-    error = refusal({"prompt": ["ok", "x" * 63], "max_tokens": 1}, engine, settings)
+    assert parse({"prompt": "x" * 63, "max_tokens": 1}, engine, settings)
+    error = refusal({"prompt": ["ok", "x" * 64], "max_tokens": 1}, engine, settings)
     assert error.param == "prompt"
     assert str(error) == (
-        "prompt[1] is 63 tokens long; the model's window of 64 tokens takes at most 62, so shorten it"
+        "prompt[1] is 64 tokens long; the model's window of 64 tokens takes at most 63, so shorten it"
     )
     assert parse({"prompt": "x" * 63, "max_tokens": 0, "echo": True}, engine, settings)
     assert refusal({"prompt": "x" * 64, "max_tokens": 0, "echo": True}, engine, settings).param == "prompt"
@@ -402,8 +402,8 @@ def test_generate_takes_what_shapes_one_sample(engine: FakeEngine) -> None:
         ({"prefix": ["a"], "length": 4}, "prefix"),
         ({"prefix": "a", "length": "4"}, "length"),
         ({"prefix": "a", "length": 0}, "length"),
-        ({"prefix": "a", "length": 63}, "length"),
-        ({"prefix": "x" * 63, "length": 1}, "prefix"),
+        ({"prefix": "a", "length": 64}, "length"),
+        ({"prefix": "x" * 64, "length": 1}, "prefix"),
         ({"prefix": "a", "length": 4, "min_tokens": 5}, "min_tokens"),
         ({"prefix": "a", "length": 4, "top_p": 2}, "top_p"),
         ({"prefix": "a", "length": 4, "n": 2}, "n"),
