@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEMO := run/demo
 PARTS := 0 1
 
-.PHONY: help serve test test-slurm test-fresh lint types bench package demo clean
+.PHONY: help serve test test-slurm test-fresh test-clients lint types bench package demo clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
 	@echo "make test-slurm  on a throw-away SLURM of fake nodes (root, Debian)"
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
+	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
 	@echo "make package     a wheel in dist/"
@@ -24,6 +25,12 @@ $(BIN)/.serve: setup.cfg pyproject.toml constraints.txt
 
 $(BIN)/.test: $(BIN)/.serve
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BIN)/.clients: $(BIN)/.test
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,clients]'
+	$(PYTHON) -m venv $(VENV)/openai-0.28
+	$(VENV)/openai-0.28/bin/pip install -q --disable-pip-version-check 'openai==0.28.1'
 	@touch $@
 
 $(DEMO)/.done: $(BIN)/.serve metaseq_api/demo/checkpoint_last-model_part-0-shard0.pt
@@ -40,13 +47,16 @@ serve: $(DEMO)/.done
 	exec $(BIN)/metaseq-api-local $(DEMO) --port $(PORT)
 
 test: $(BIN)/.test
-	$(BIN)/pytest -m "not slurm and not fresh"
+	$(BIN)/pytest -m "not slurm and not fresh and not clients"
 
 test-slurm: $(BIN)/.test
 	$(BIN)/pytest -m slurm
 
 test-fresh: $(BIN)/.test
 	$(BIN)/pytest -m fresh
+
+test-clients: $(BIN)/.clients
+	$(BIN)/pytest -m clients
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

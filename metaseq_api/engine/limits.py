@@ -37,8 +37,8 @@ class Limits:
             if length + max(p.max_tokens - 1, 0) > window:
                 fits = length <= window
                 raise RequestError(
-                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens}, of which the last needs "
-                    f"no place, do not fit this model's window of {window}: "
+                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens}, the last of which "
+                    f"needs no place, do not fit this model's window of {window}: "
                     + (f"ask for at most {window + 1 - length}" if fits else "shorten the prompt"),
                     param="max_tokens" if fits else "prompt",
                 )
