@@ -33,7 +33,7 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import fields, schema
+from metaseq_api.server import energonai, fields, schema
 from metaseq_api.server.stream import Stream, stopping
 from metaseq_api.settings import Settings
 
@@ -100,6 +100,7 @@ def create_app(
     for path in COMPLETION_PATHS:
         app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
     app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
+    app.add_url_rule("/generation", "generation", front.generation, methods=["POST"])
     app.add_url_rule("/v1/models", "models", front.models, methods=["GET"])
     app.add_url_rule("/health", "health", front.health, methods=["GET"])
     app.add_url_rule("/", "page", front.page, methods=["GET"])
@@ -150,6 +151,10 @@ class _Front:
             body = _read_json(" or a form")
         request = schema.parse_generate(body, self.engine, f"gen-{self.new_id()}")
         return _json(schema.render_generate(body["prefix"], self._complete(request)[0]))
+
+    def generation(self) -> Response:
+        request = energonai.parse(_read_json(), self.engine, self.settings, f"gen-{self.new_id()}")
+        return _json(energonai.render(self._complete(request)))
 
     def models(self) -> Response:
         model = {

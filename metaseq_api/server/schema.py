@@ -36,7 +36,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
 }
 _STREAM_FIELDS = ("stream", "stream_options")
-_COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *params.READERS, *_NEUTRAL})
+# What Alpa's client and page send, with nothing in them where its service asks for no key.
+_ALPA_KEYS = ("api_key", "g-recaptcha-response")
+_COMPLETION_FIELDS = frozenset(
+    {"model", "prompt", "suffix", "user", *_STREAM_FIELDS, *_ALPA_KEYS, *params.READERS, *_NEUTRAL}
+)
 _GENERATE_FIELDS = frozenset({"prefix", "length", *params.OF_ONE_SAMPLE})
 
 
@@ -51,6 +55,10 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     if body.get("model") is not None:
         fields.text("model", body["model"])
     _refuse_suffix(body.get("suffix"))
+    for name in _ALPA_KEYS:
+        if body.get(name) not in (None, ""):
+            says = f"{name} is no place for a key here; send it in the header Authorization: Bearer KEY"
+            raise RequestError(says, param=name, code="unsupported_field")
     user, prompts = _read_user(body.get("user")), _read_prompts(body.get("prompt"), engine)
     if settings.metaseq_compat:
         body, prompts = compat.translate(body, prompts, engine, settings.max_beam)

@@ -144,6 +144,8 @@ WRONG_TYPES = {
     "stop_token_ids": [2, "2", {}, [True], ["2"], [None], [1.5], [-1], [260], [10**30], [5] * 129],
     "include_stop_str_in_output": ["true", 1, []],
     "prompt_logprobs": ["1", True, 0.5, -1, 101],
+    "api_key": ["a-key", 1],
+    "g-recaptcha-response": ["03AG", True],
     "timeout_ms": [1],
     "priority": [1],
 }
@@ -165,7 +167,7 @@ def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
 def test_the_page_on_fields_has_a_row_for_each() -> None:
     page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema._COMPLETION_FIELDS
+    assert set(re.findall(r"`([\w-]+)`", " ".join(rows))) >= schema._COMPLETION_FIELDS
 
 
 def test_what_is_not_offered_yet_is_taken_where_it_asks_for_nothing(engine: FakeEngine, settings: Settings) -> None:
@@ -257,7 +259,8 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "lambda_decay": 0.9,
         "omega_bound": 0.4,
     }
-    assert set(body) | {*schema._NEUTRAL, *schema._STREAM_FIELDS, "suffix"} == schema._COMPLETION_FIELDS
+    others = {*schema._NEUTRAL, *schema._STREAM_FIELDS, *schema._ALPA_KEYS, "suffix"}
+    assert set(body) | others == schema._COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
