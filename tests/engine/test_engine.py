@@ -258,6 +258,19 @@ def test_the_window_can_be_filled_to_the_last_token(engine: Engine) -> None:
         assert list(got.token_ids) == hf_greedy(prompt(length), WINDOW - length)
 
 
+def test_a_cache_of_one_window_is_enough_to_fill_it(tmp_path: Path) -> None:
+    with running_engine(tmp_path, num_blocks=WINDOW // 8, block_size=8) as engine:
+        for length in (1, WINDOW - 1):
+            same = {"max_tokens": WINDOW - length, "temperature": 0, "ignore_eos": True, "logprobs": 0, "echo": True}
+            (got,) = ask(engine, prompt(length), **same)
+            assert got.num_tokens == WINDOW - length
+            assert got.logprobs is not None
+            assert len(got.logprobs.tokens) == WINDOW
+        for max_tokens in (WINDOW - 3, 100):
+            with pytest.raises(RequestError, match="last of which needs no place"):
+                engine.submit(request(prompt(4), max_tokens=max_tokens))
+
+
 def test_more_than_the_queue_holds_is_refused(tmp_path: Path) -> None:
     with running_engine(tmp_path, max_queue=3) as engine:
         ticket = engine.submit(request(prompt(3), max_tokens=60, n=3, ignore_eos=True))
