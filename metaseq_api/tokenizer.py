@@ -205,7 +205,10 @@ class Tokenizer:
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        """The token by itself: its text, or `bytes:\\xe2\\x80` where that is not UTF-8, so that they stay distinct."""
+        """The token by itself: its text; `bytes:\\xe2\\x80` where that is not UTF-8, `token_id:50270` where there is
+        none. So all are distinct."""
+        if not 0 <= token_id < len(self._bytes):
+            return f"token_id:{token_id}"
         raw = self.token_bytes(token_id)
         try:
             return raw.decode()

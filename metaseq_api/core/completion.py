@@ -43,12 +43,19 @@ class TokenLogprobs:
 
     def after(self, num: int) -> TokenLogprobs:
         """The lists without their first `num` entries."""
+        return self._part(slice(num, None))
+
+    def first(self, num: int) -> TokenLogprobs:
+        """Their first `num` entries."""
+        return self._part(slice(num))
+
+    def _part(self, part: slice) -> TokenLogprobs:
         top = self.top_logprobs
         return TokenLogprobs(
-            tokens=self.tokens[num:],
-            token_logprobs=self.token_logprobs[num:],
-            top_logprobs=None if top is None else top[num:],
-            text_offset=self.text_offset[num:],
+            tokens=self.tokens[part],
+            token_logprobs=self.token_logprobs[part],
+            top_logprobs=None if top is None else top[part],
+            text_offset=self.text_offset[part],
         )
 
 
@@ -67,6 +74,8 @@ class Completion:
     where include_stop_str_in_output was.
 
     num_prompt_tokens leaves out the </s> that the engine puts in front; num_tokens counts what was generated.
+    logprobs: of token_ids; then, where </s> or a stop token ended it and is none of these, of that token too, as OpenAI
+    and vLLM list it: whoever counts entries has one for every token that was drawn.
     mean_logprob: what best_of ranks by; over the generated tokens and the </s> that ended them, so that an empty text
     is judged too. first_top: of the first place, the likeliest ids with their log-probabilities, as many as `logprobs`
     asked for. prompt_logprobs: for each of num_prompt_tokens, by id; None for a </s> that the client itself sent.
@@ -83,6 +92,11 @@ class Completion:
     mean_logprob: float = 0.0
     first_top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[dict[int, RankedToken] | None, ...] | None = None
+
+    @property
+    def logprobs_of_text(self) -> TokenLogprobs | None:
+        """The lists without the token that ended the text: metaseq's."""
+        return None if self.logprobs is None else self.logprobs.first(len(self.token_ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class EngineProtocol(Protocol):
 
     @property
     def max_seq_len(self) -> int:
-        """Most tokens of prompt and completion together, the leading </s> included."""
+        """Most tokens the model reads: </s>, prompt and completion, but for the last token, which nothing follows."""
         ...
 
     @property

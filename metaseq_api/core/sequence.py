@@ -37,7 +37,7 @@ class Sequence:
     token_ids: list[int]
     params: SamplingParams
     max_len: int
-    """Most tokens it may ever hold: its prompt and max_tokens, cut at the model's window."""
+    """Most tokens it may ever hold: its prompt and max_tokens; the last of them is never fed."""
     leader: Sequence | None = None
     """Whose head this one waits for and then shares: the first sample of its prompt, or another request's."""
     common_len: int | None = None

@@ -247,7 +247,7 @@ class Engine:
             weight=ticket.request.weight,
             priority=ticket.request.priority,
             params=params,
-            max_len=min(len(token_ids) + params.max_tokens, self._limits.max_seq_len),
+            max_len=len(token_ids) + params.max_tokens,
             leader=None if leader is None else leader.seq,
             scores_prompt=leader is None and params.scores_prompt and len(token_ids) > 1,
         )

@@ -14,7 +14,8 @@ from metaseq_api.errors import RequestError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Units: tokens of prompt and completion, </s> in front included; samples of a prompt; sequences in all."""
+    """Units: tokens the model reads, </s> in front included (the last one generated is never read); samples of a
+    prompt; sequences in all."""
 
     max_seq_len: int
     max_samples: int = 16
@@ -33,10 +34,11 @@ class Limits:
             if bad is not None:
                 raise RequestError(f"prompt holds token {bad}; ids go from 0 to {vocab_size - 1}", param="prompt")
             length = len(prompt) + (prompt[:1] != (BOS_ID,))
-            if length + p.max_tokens > window:
+            if length + max(p.max_tokens - 1, 0) > window:
+                fits = length <= window
                 raise RequestError(
-                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens} make "
-                    f"{length + p.max_tokens}; this model's window is {window}: "
-                    + (f"ask for at most {window - length}" if length < window else "shorten the prompt"),
-                    param="max_tokens" if length < window else "prompt",
+                    f"the prompt's {length} tokens (</s> included) and max_tokens {p.max_tokens}, the last of which "
+                    f"needs no place, do not fit this model's window of {window}: "
+                    + (f"ask for at most {window + 1 - length}" if fits else "shorten the prompt"),
+                    param="max_tokens" if fits else "prompt",
                 )

@@ -130,7 +130,7 @@ class Track:
             finish_reason=self.reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=len(self.scored),
-            logprobs=self._logprobs(leader, len(ids), offsets) if p.logprobs is not None else None,
+            logprobs=None if p.logprobs is None else self._logprobs(leader, len(ids), offsets, len(prompt_text + text)),
             first_top=next((s.top[: p.logprobs or 0] for s in (*self.scored, *self.ending)), ()),
             mean_logprob=sum(drawn) / len(drawn) if drawn else 0.0,
             prompt_logprobs=None if p.prompt_logprobs is None else self._prompt_logprobs(leader, p.prompt_logprobs),
@@ -148,9 +148,10 @@ class Track:
             entries.append(top | {s.token_id: RankedToken(text(s.token_id), s.logprob, s.rank)})
         return tuple(entries)
 
-    def _logprobs(self, leader: Track, kept: int, offsets: list[int]) -> TokenLogprobs:
-        """The lists of the kept tokens; with echo the prompt's before them."""
-        rows = self.scored[:kept]
+    def _logprobs(self, leader: Track, kept: int, offsets: list[int], end: int) -> TokenLogprobs:
+        """The lists of the kept tokens and of the one that ended them; with echo the prompt's before them."""
+        rows = self.scored[:kept] + self.ending
+        offsets = offsets + [end] * len(self.ending)
         if self.seq.params.echo:
             return self.lists(self.prompt_rows(leader) + rows, offsets)
         return self.lists(rows, offsets[len(self.prompt_ids) :])

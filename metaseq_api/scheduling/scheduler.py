@@ -64,7 +64,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into the pool when it is alone."""
-        assert self.pool.blocks_for(seq.max_len) <= self.pool.num_blocks
+        most = max(seq.prompt_len, seq.max_len - 1)  # the last token is never fed
+        assert self.pool.blocks_for(most) <= self.pool.num_blocks
         self._waiting.setdefault(seq.group, deque()).append(seq)
         if seq.group not in self._turns:
             self._turns.push(seq.group, tenant=seq.tenant, weight=seq.weight, priority=seq.priority)

@@ -31,7 +31,7 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import page, schema, terms
+from metaseq_api.server import energonai, page, schema, terms
 from metaseq_api.server.around import Around
 from metaseq_api.server.guard import Guard
 from metaseq_api.server.stream import Stream, stopping
@@ -100,6 +100,7 @@ def create_app(
     for path in COMPLETION_PATHS:
         app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
     app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
+    app.add_url_rule("/generation", "generation", front.generation, methods=["POST"])
     app.add_url_rule("/", "page", front.page, methods=["GET"])
     Around(engine, settings, front, clock=clock, new_id=new_id, closing=closing).install(app)
     return app
@@ -152,6 +153,11 @@ class _Front:
             body = _read_json(" or a form")
         request = self.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
         return _json(schema.render_generate(body["prefix"], self.complete(request)[0]))
+
+    def generation(self) -> Response:
+        body = _read_json()
+        request = energonai.parse(body, self.engine, self.settings, f"gen-{self.new_id()}")
+        return _json(energonai.render(self.complete(self.admit(request, body))))
 
     def page(self) -> Response:
         headers = {"Content-Security-Policy": self.content_policy, "Cache-Control": "no-cache"}

@@ -20,7 +20,7 @@ from metaseq_api.core.request import (
     MAX_STOP_TOKEN_IDS,
     RANGES,
 )
-from metaseq_api.server import chat, fields, params, schema, terms, tokens
+from metaseq_api.server import chat, energonai, fields, params, schema, terms, tokens
 from metaseq_api.server.openapi_answers import ANSWERS, ERRORS
 from metaseq_api.settings import Settings
 
@@ -51,6 +51,7 @@ def document(engine: EngineProtocol, settings: Settings) -> Schema:
     bodies = {
         "CompletionRequest": _completion(token_id, settings),
         "GenerateRequest": _generate(token_id, settings),
+        "GenerationRequest": _generation(),
         "ChatRequest": _chat(token_id, settings),
         "LogprobsRequest": _object(
             {
@@ -94,6 +95,11 @@ def _paths(engine: EngineProtocol) -> Schema:
         "/completions": {"post": completion},
         "/v1/chat/completions": {"post": chat_operation},
         "/generate": {"post": generate},
+        "/generation": {
+            "post": _post(
+                "One text (EnergonAI's API)", "GenerationRequest", "Continued", {"prompt": "A", "max_tokens": 4}
+            )
+        },
         "/logprobs": {
             "post": _post(
                 "The likeliest next tokens (Alpa's API)", "LogprobsRequest", "Logprobs", {"prompt": "Hello", "top_k": 4}
@@ -145,6 +151,12 @@ def _generate(token_id: Schema, settings: Settings) -> Schema:
     return _object(properties | shared | needed, "prefix", "length")
 
 
+def _generation() -> Schema:
+    properties = {n: _of_reader(n, params.READERS[n]) for n in energonai.FIELDS if n in params.READERS}
+    needed = {"prompt": _string(), "max_tokens": {"type": "integer", "minimum": 0}}
+    return _object(properties | needed, "prompt", "max_tokens")
+
+
 def _chat(token_id: Schema, settings: Settings) -> Schema:
     properties = {n: of for n, of in _completion(token_id, settings)["properties"].items() if n in chat.PASSED}
     properties |= {name: _of_reader(name, read) for name, read in chat.OWN.items()}
@@ -176,6 +188,7 @@ def _shared(settings: Settings) -> Schema:
     known: Schema = {
         "model": _text(),
         "user": _text(schema.MAX_USER_LEN),
+        **{name: {"enum": [None, ""]} for name in schema.ALPA_KEYS},
         "stream": _flag(),
         "stream_options": _or_null(_object({"include_usage": _flag()})),
         "timeout_ms": _range("integer", 1, round(1000 * terms.longest_s(settings.request_timeout_s))),

@@ -93,6 +93,7 @@ ANSWERS: dict[str, Schema] = {
             finish_reason=_REASON,
         ),
     ),
+    "Continued": _object(text=_TEXT),
     "Generated": _object(
         text=_TEXT,
         tokens=_array(_TEXT),

@@ -7,6 +7,7 @@ accepted and ignored. `null` means the default throughout.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -30,7 +31,11 @@ CHARS_PER_TOKEN = 256
 PROMPT_FORMS = "a string, an array of strings, an array of token ids, or an array of arrays of token ids"
 
 STREAM_FIELDS = ("stream", "stream_options")
-COMPLETION_FIELDS = frozenset({"model", "prompt", "suffix", "user", *STREAM_FIELDS, *terms.FIELDS, *params.READERS})
+# What Alpa's client and page send, with nothing in them where its service asks for no key.
+ALPA_KEYS = ("api_key", "g-recaptcha-response")
+COMPLETION_FIELDS = frozenset(
+    {"model", "prompt", "suffix", "user", *STREAM_FIELDS, *ALPA_KEYS, *terms.FIELDS, *params.READERS}
+)
 GENERATE_FIELDS = frozenset({"prefix", "length", *terms.FIELDS, *params.OF_ONE_SAMPLE})
 
 
@@ -43,6 +48,10 @@ def parse_completion(body: Mapping[str, Any], engine: EngineProtocol, settings: 
     if body.get("model") is not None:
         fields.text("model", body["model"])
     _refuse_suffix(body.get("suffix"))
+    for name in ALPA_KEYS:
+        if body.get(name) not in (None, ""):
+            says = f"{name} is no place for a key here; send it in the header Authorization: Bearer KEY"
+            raise RequestError(says, param=name, code="unsupported_field")
     user, prompts = _read_user(body.get("user")), read_prompts(body.get("prompt"), engine)
     if settings.metaseq_compat:
         body, prompts = compat.translate(body, prompts, engine, settings.max_beam)
@@ -103,6 +112,8 @@ def render_completion(
     request: Request, completions: Seq[Completion], *, model: str, created: int, metaseq_compat: bool = False
 ) -> dict[str, Any]:
     """The answer of /completions: choices flat, prompts outer, samples inner; usage counts each prompt once."""
+    if metaseq_compat:
+        completions = [dataclasses.replace(c, logprobs=c.logprobs_of_text) for c in completions]
     choices = [_render_choice(index, c) for index, c in enumerate(completions)]
     if metaseq_compat:
         choices = [
@@ -123,7 +134,7 @@ def render_completion(
 
 def render_generate(prefix: str, completion: Completion) -> dict[str, Any]:
     """The answer of /generate; offsets count from the start of `text`, which has no prompt in front."""
-    logprobs = completion.logprobs
+    logprobs = completion.logprobs_of_text
     assert logprobs is not None, "parse_generate always asks for them"
     wire = render_logprobs(logprobs)
     first = logprobs.text_offset[0] if logprobs.text_offset else 0
@@ -292,19 +303,22 @@ def _check_size(prompts: Seq[Seq[int]], p: SamplingParams, settings: Settings) -
 
 
 def _check_fits(ids: Seq[int], max_tokens: int, max_seq_len: int, prompt_name: str, length_name: str) -> None:
-    """Raises: RequestError naming the prompt where it is too long by itself, else the length that is too large."""
+    """What the model reads must fit its window: the leading </s>, the prompt, and all generated tokens but the last.
+
+    Raises: RequestError naming the prompt where it is too long by itself, else the length that is too large.
+    """
     added = 0 if ids[:1] == (BOS_ID,) else 1
     room = max_seq_len - added - len(ids)
-    if max_tokens <= room:
+    if room >= 0 and max_tokens <= room + 1:
         return
     window = f"the model's window of {max_seq_len} tokens"
-    if room < 1:
-        at_most = max_seq_len - added - min(max_tokens, 1)
+    if room < 0:
+        at_most = max_seq_len - added
         says = f"{prompt_name} is {len(ids)} tokens long; {window} takes at most {at_most}, so shorten it"
         raise RequestError(says, param=prompt_name.partition("[")[0], code="context_length_exceeded")
     raise RequestError(
         f"{length_name} is {max_tokens}, but {prompt_name} and the leading </s> take {len(ids) + added} of {window}; "
-        f"at most {room} fit, or shorten the prompt",
+        f"at most {room + 1} fit (the last needs no place), or shorten the prompt",
         param=length_name,
         code="context_length_exceeded",
     )

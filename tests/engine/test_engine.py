@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,28 @@ def test_end_of_text_stops_and_is_not_in_the_answer(engine: Engine) -> None:
     assert got.num_tokens == len(got.token_ids) < 80
 
 
+@pytest.mark.parametrize("params", [{}, {"echo": True}, {"echo": True, "max_tokens": 1}])
+def test_whoever_counts_log_probabilities_finds_one_for_each_token_drawn_the_end_too(
+    engine: Engine, params: dict[str, Any]
+) -> None:
+    """As OpenAI's and vLLM's lists have it; lm-eval takes the last entry of each list off, whatever it is."""
+    asked = {"max_tokens": 80, "temperature": 0, "logprobs": 1, "logit_bias": ((2, 100.0),), **params}
+    (got,) = ask(engine, prompt(5), **asked)
+    assert (got.finish_reason, got.num_tokens) == (FinishReason.STOP, 0)
+    assert got.logprobs is not None
+    assert got.logprobs.tokens[-1] == "</s>"
+    assert got.logprobs.text_offset[-1] == len(engine.decode(prompt(5)))
+    assert {len(x) for x in (got.logprobs.tokens, got.logprobs.token_logprobs, got.logprobs.top_logprobs or ())} == {
+        1 + 5 * params.get("echo", False)
+    }
+    assert got.logprobs_of_text == got.logprobs.first(len(got.token_ids))
+    (by_token,) = ask(
+        engine, prompt(5), max_tokens=9, temperature=0, logprobs=0, stop_token_ids=(7,), logit_bias=((7, 100.0),)
+    )
+    assert by_token.logprobs is not None
+    assert len(by_token.logprobs.tokens) == 1
+
+
 def test_min_tokens_holds_the_end_back(engine: Engine) -> None:
     for seed in range(40):
         (got,) = ask(engine, prompt(5), max_tokens=60, min_tokens=50, temperature=3.0, seed=seed)
@@ -229,8 +252,23 @@ def test_what_does_not_fit_is_refused_by_field(
 
 
 def test_the_window_can_be_filled_to_the_last_token(engine: Engine) -> None:
-    (got,) = ask(engine, prompt(WINDOW - 2), max_tokens=1, temperature=0, ignore_eos=True)
-    assert list(got.token_ids) == hf_greedy(prompt(WINDOW - 2), 1)
+    """The last token is never fed: beside </s>, prompt and answer have the window for themselves."""
+    for length in (WINDOW - 1, WINDOW - 2, 5):
+        (got,) = ask(engine, prompt(length), max_tokens=WINDOW - length, temperature=0, ignore_eos=True)
+        assert list(got.token_ids) == hf_greedy(prompt(length), WINDOW - length)
+
+
+def test_a_cache_of_one_window_is_enough_to_fill_it(tmp_path: Path) -> None:
+    with running_engine(tmp_path, num_blocks=WINDOW // 8, block_size=8) as engine:
+        for length in (1, WINDOW - 1):
+            same = {"max_tokens": WINDOW - length, "temperature": 0, "ignore_eos": True, "logprobs": 0, "echo": True}
+            (got,) = ask(engine, prompt(length), **same)
+            assert got.num_tokens == WINDOW - length
+            assert got.logprobs is not None
+            assert len(got.logprobs.tokens) == WINDOW
+        for max_tokens in (WINDOW - 3, 100):
+            with pytest.raises(RequestError, match="last of which needs no place"):
+                engine.submit(request(prompt(4), max_tokens=max_tokens))
 
 
 def test_more_than_the_queue_holds_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.fake_engine import FakeEngine
 
-from metaseq_api.core import Request, SamplingParams
+from metaseq_api.core import Request, SamplingParams, TokenLogprobs
 from metaseq_api.errors import RequestError
 from metaseq_api.server import schema
 from metaseq_api.server.app import create_app
@@ -158,6 +158,23 @@ def test_an_echo_begins_with_the_end_of_text_token_that_has_no_offset(engine: Fa
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
     assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 6
     assert logprobs["text_offset"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_the_token_that_ended_a_text_is_in_openais_lists_and_not_in_metaseqs(echo: bool, engine: FakeEngine) -> None:
+    asked = SamplingParams(max_tokens=3, echo=echo, logprobs=1)
+    request = Request(request_id="r", prompts=(tuple(engine.encode("abc")),), params=asked)
+    whole = engine.complete(request, 0, 0)
+    assert whole.logprobs is not None
+    end = TokenLogprobs(tokens=("</s>",), token_logprobs=(-1.0,), top_logprobs=({"</s>": -1.0},), text_offset=(6,))
+    ended = dataclasses.replace(whole, logprobs=TokenLogprobs.joined([whole.logprobs, end]))
+    for compat, last in ((False, "</s>"), (True, "c")):
+        answer = schema.render_completion(request, [ended], model="m", created=0, metaseq_compat=compat)
+        lists = answer["choices"][0]["logprobs"]
+        assert lists["tokens"][-1] == last
+        assert len(lists["tokens"]) == len(lists["token_logprobs"]) == len(lists["top_logprobs"])
+    if not echo:
+        assert schema.render_generate("abc", ended) == schema.render_generate("abc", whole)
 
 
 def test_without_the_switch_an_answer_is_openais(engine: FakeEngine, settings: Settings) -> None:

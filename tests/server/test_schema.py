@@ -144,6 +144,8 @@ WRONG_TYPES = {
     "stop_token_ids": [2, "2", {}, [True], ["2"], [None], [1.5], [-1], [260], [10**30], [5] * 129],
     "include_stop_str_in_output": ["true", 1, []],
     "prompt_logprobs": ["1", True, 0.5, -1, 101],
+    "api_key": ["a-key", 1],
+    "g-recaptcha-response": ["03AG", True],
 }
 
 
@@ -163,7 +165,7 @@ def test_no_field_is_left_out_of_the_table_of_wrong_types() -> None:
 def test_the_page_on_fields_has_a_row_for_each() -> None:
     page = (Path(__file__).parents[2] / "docs" / "fields.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= schema.COMPLETION_FIELDS
+    assert set(re.findall(r"`([\w-]+)`", " ".join(rows))) >= schema.COMPLETION_FIELDS
 
 
 def test_what_says_off_to_openai_vllm_or_metaseq_says_off_here(engine: FakeEngine, settings: Settings) -> None:
@@ -249,7 +251,8 @@ def test_every_value_reaches_its_parameter(engine: FakeEngine, settings: Setting
         "lambda_decay": 0.9,
         "omega_bound": 0.4,
     }
-    assert set(body) | {*terms.FIELDS, *schema.STREAM_FIELDS, "suffix"} == schema.COMPLETION_FIELDS
+    others = {*terms.FIELDS, *schema.STREAM_FIELDS, *schema.ALPA_KEYS, "suffix"}
+    assert set(body) | others == schema.COMPLETION_FIELDS
     request = parse(body, engine, settings)
     assert request.user == "me"
     assert request.params == SamplingParams(
@@ -289,22 +292,22 @@ def test_a_length_that_just_fits_is_taken_and_one_more_names_what_would_fit(
     engine: FakeEngine, settings: Settings
 ) -> None:
     prompt = "x" * 40
-    assert parse({"prompt": prompt, "max_tokens": 23}, engine, settings).params.max_tokens == 23
-    error = refusal({"prompt": prompt, "max_tokens": 24}, engine, settings)
+    assert parse({"prompt": prompt, "max_tokens": 24}, engine, settings).params.max_tokens == 24
+    error = refusal({"prompt": prompt, "max_tokens": 25}, engine, settings)
     assert error.param == "max_tokens"
     assert error.code == "context_length_exceeded"
     assert str(error) == (
-        "max_tokens is 24, but prompt and the leading </s> take 41 of the model's window of 64 tokens; "
-        "at most 23 fit, or shorten the prompt"
+        "max_tokens is 25, but prompt and the leading </s> take 41 of the model's window of 64 tokens; "
+        "at most 24 fit (the last needs no place), or shorten the prompt"
     )
 
 
 def test_a_prompt_too_long_by_itself_is_named_with_its_place(engine: FakeEngine, settings: Settings) -> None:
-    assert parse({"prompt": "x" * 62, "max_tokens": 1}, engine, settings)
-    error = refusal({"prompt": ["ok", "x" * 63], "max_tokens": 1}, engine, settings)
+    assert parse({"prompt": "x" * 63, "max_tokens": 1}, engine, settings)
+    error = refusal({"prompt": ["ok", "x" * 64], "max_tokens": 1}, engine, settings)
     assert error.param == "prompt"
     assert str(error) == (
-        "prompt[1] is 63 tokens long; the model's window of 64 tokens takes at most 62, so shorten it"
+        "prompt[1] is 64 tokens long; the model's window of 64 tokens takes at most 63, so shorten it"
     )
     assert parse({"prompt": "x" * 63, "max_tokens": 0, "echo": True}, engine, settings)
     assert refusal({"prompt": "x" * 64, "max_tokens": 0, "echo": True}, engine, settings).param == "prompt"
@@ -394,8 +397,8 @@ def test_generate_takes_what_shapes_one_sample(engine: FakeEngine) -> None:
         ({"prefix": ["a"], "length": 4}, "prefix"),
         ({"prefix": "a", "length": "4"}, "length"),
         ({"prefix": "a", "length": 0}, "length"),
-        ({"prefix": "a", "length": 63}, "length"),
-        ({"prefix": "x" * 63, "length": 1}, "prefix"),
+        ({"prefix": "a", "length": 64}, "length"),
+        ({"prefix": "x" * 64, "length": 1}, "prefix"),
         ({"prefix": "a", "length": 4, "min_tokens": 5}, "min_tokens"),
         ({"prefix": "a", "length": 4, "top_p": 2}, "top_p"),
         ({"prefix": "a", "length": 4, "n": 2}, "n"),

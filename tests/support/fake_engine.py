@@ -173,7 +173,7 @@ class FakeEngine:
             prompt_index=prompt_index,
             sample_index=sample_index,
             text=prompt + text if params.echo else text,
-            token_ids=tuple(generated),
+            token_ids=tuple(shown),
             finish_reason=reason,
             num_prompt_tokens=len(prompt_ids),
             num_tokens=num_tokens,

@@ -72,6 +72,7 @@ def test_token_texts_are_distinct_and_spell_out_what_is_not_utf_8() -> None:
     assert len(set(texts)) == TOKENIZER.vocab_size
     assert TOKENIZER.token_text(BYTE_ID[b"\xe2"]) == "bytes:\\xe2"
     assert TOKENIZER.token_text(BYTE_ID[b"A"]) == "A"
+    assert TOKENIZER.token_text(PADDING_ID) == f"token_id:{PADDING_ID}"
 
 
 @given(ids_of_all_kinds)
