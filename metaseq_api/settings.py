@@ -63,6 +63,14 @@ class Settings:
     """Units: seconds without a sign of life after which a rank counts as lost."""
     metaseq_compat: bool = False
     """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
+    registry: Path | None = None
+    """The folder of services where this one tells how it is; None: nowhere."""
+    service: str | None = None
+    """Its name there."""
+    member: int = 0
+    """Its number among services of one name."""
+    job: str | None = None
+    """The SLURM job it is in."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -168,6 +176,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "threads": _int(1, 1024),
     "timeout_s": _seconds,
     "metaseq_compat": _bool,
+    "registry": _path,
+    "service": _text,
+    "member": _int(0, 1 << 16),
 }
 
 
