@@ -46,6 +46,7 @@ BROAD_EXCEPTS = {
     "metaseq_api/settings.py",  # an operator's constants.py, which is a program
 }
 ENVIRON_ONLY_IN = {
+    "metaseq_api/launch/probe.py",  # a process of its own, on a node
     "metaseq_api/settings.py",
     "metaseq_api/launch/rendezvous.py",
     "cli/interactive_hosted.py",

@@ -6,8 +6,10 @@ not know what a job is for. Whatever goes wrong is one line that says what to do
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,13 @@ class Job:
     @property
     def is_running(self) -> bool:
         return self.state in _RUNNING
+
+    @property
+    def began(self) -> float | None:
+        """When it last began to run, in seconds since 1970; None where squeue does not say so."""
+        with contextlib.suppress(ValueError, OverflowError):
+            return time.mktime(time.strptime(self.start, "%Y-%m-%dT%H:%M:%S"))
+        return None
 
     @property
     def words(self) -> str:

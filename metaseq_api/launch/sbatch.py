@@ -122,8 +122,7 @@ def _option(name: str, value: str | None) -> str:
         raise SettingsError(
             f"--{name} holds a line break or another control character: {value!r}; write it in one line"
         )
-    if '"' in value:
-        raise SettingsError(
-            f"--{name} holds a double quote, which a batch script cannot pass on: {value!r}; leave it out"
-        )
-    return f"#SBATCH --{name}={value}" if re.fullmatch(r"[^\s'\\#]+", value) else f'#SBATCH --{name}="{value}"'
+    if re.fullmatch(r"[^\s'\"\\#]+", value):
+        return f"#SBATCH --{name}={value}"
+    quoted = re.sub(r'(["\\])', r"\\\1", value)
+    return f'#SBATCH --{name}="{quoted}"'

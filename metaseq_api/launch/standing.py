@@ -5,6 +5,7 @@ Knows both words. Does not know where they are written or how SLURM is asked. Th
     SLURM: queued               queued, whatever an earlier run (a requeue) left in the record
     SLURM: ended                ended, with SLURM's reason; the service's own last word is added where it left one
     SLURM: running              what the record says, if it is of this run and fresh; else that it says nothing
+                                (one last written before the job began is of a run before a requeue)
     SLURM does not know it      ended, if the record is old; a service outside of SLURM, if it is fresh
     SLURM does not answer       what the record says, and that SLURM does not answer
 """
@@ -56,6 +57,8 @@ def judge(
     number = submission.job if submission else next((r.job for r in records if r.job), "") or ""
     mine = [r for r in records if not submission or r.job in (None, submission.job)]
     record = min(mine, key=lambda r: _ORDER.index(r.state) if r.state in _ORDER else len(_ORDER), default=None)
+    if record and job and job.is_running and record.heartbeat < (job.began or 0.0):
+        record = None
     state, words = _judge(record, job, now, slurm_answers)
     return Standing(
         name=name,
