@@ -72,7 +72,8 @@ def refusal(command: str, said: str) -> str:
 
 def reason_words(reason: str) -> str:
     """Why a job waits, for a person; SLURM's own word is kept."""
-    known = REASONS.get(reason.strip("()"))
+    reason = reason.strip("()")
+    known = REASONS.get(reason)
     if known is None:
         limit = re.fullmatch(r"(Assoc|QOS|Grp)\w*", reason)
         known = "a limit of your account or quality of service; ask for less, or wait" if limit else "SLURM says so"

@@ -22,7 +22,7 @@ import pytest
 from support import slurm
 from support.processes import TESTS, clean_env, until
 
-from metaseq_api.launch import cluster, service
+from metaseq_api.launch import cluster, sbatch, service
 from metaseq_api.launch.registry import Registry
 
 pytestmark = pytest.mark.slurm
@@ -39,7 +39,7 @@ def conf() -> Iterator[Path]:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "services")
+    return Registry(tmp_path / "my 100% own's")
 
 
 @pytest.fixture
@@ -293,6 +293,14 @@ def test_options_of_sbatch_reach_slurm(manage: Manage, registry: Registry, light
     assert "TimeLimit=00:07:00" in said
     assert "Requeue=1" in said
     assert f"Comment={comment}" in said
+
+
+def test_every_option_of_this_sbatch_is_known(manage: Manage) -> None:
+    said = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=True).stdout
+    offered = set(re.findall(r"^\s+(?:-\w,? +)?--([a-z][a-z-]+)", said, re.MULTILINE))
+    assert len(offered) > 60
+    ours = {"nodes", "gpus", "help", "usage", "version", "verbose"}
+    assert offered - {*sbatch.VALUED, *sbatch.OPTIONAL, *sbatch.BARE, *sbatch.OURS} == ours
 
 
 def test_doctor_finds_a_good_site_good(manage: Manage, registry: Registry) -> None:
