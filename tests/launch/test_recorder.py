@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.processes import until
+from support.service import Service
 
 from metaseq_api.errors import CheckpointCorrupt
 from metaseq_api.launch import recorder as module
@@ -136,3 +137,20 @@ def test_a_disk_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.
     assert time.monotonic() - begun < 2
     with (tmp_path / "hang").open("w"):  # lets the thread go
         pass
+
+
+def test_a_real_service_that_is_started_by_hand_is_found_in_the_registry(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "services")
+    registry.open()
+    registry.claim("mine")
+    flags = ["--device", "cpu", "--model-parallel", "2", "--registry", str(registry.folder), "--service", "mine"]
+    service = Service(tmp_path, *flags)
+    try:
+        record = until(lambda: (r := registry.records("mine")) and r[0].state == "ready" and r[0], "its word")
+        assert (record.url, record.percent, record.job, record.model) == (service.url, 100.0, None, "demo")
+        assert record.rate > 0
+        service.process.terminate()
+        assert service.end(10) == 0
+        assert [(r.state, r.exit_code) for r in registry.records("mine")] == [("ended", 0)]
+    finally:
+        service.kill()

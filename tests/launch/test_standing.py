@@ -16,11 +16,19 @@ RUNNING = Job(id="17", state="RUNNING", nodes="gpu07")
 PENDING = Job(id="17", state="PENDING", reason="Priority")
 
 
-def record(state: str = "ready", age: float = 1, job: str = "17", reason: str = "", code: int | None = None) -> Record:
+def record(state: str, age: float = 1, job: str = "17", reason: str = "", code: int | None = None) -> Record:
     return Record(
-        name="a", state=state, heartbeat=NOW - age, job=job, node="gpu07", url="http://gpu07:6010", percent=50, rate=2e9,
-        reason=reason, exit_code=code,
-    )  # fmt: skip
+        name="a",
+        state=state,
+        heartbeat=NOW - age,
+        job=job,
+        node="gpu07",
+        url="http://gpu07:6010",
+        percent=50,
+        rate=2e9,
+        reason=reason,
+        exit_code=code,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,8 +88,8 @@ def test_a_record_from_before_the_job_began_again_is_not_believed() -> None:
 
 
 def test_silence_begins_after_a_while_only() -> None:
-    assert judge("a", SUBMISSION, [record(age=STALE_S - 1)], RUNNING, NOW).state == "ready"
-    assert judge("a", SUBMISSION, [record(age=STALE_S + 1)], RUNNING, NOW).state == "silent"
+    assert judge("a", SUBMISSION, [record("ready", age=STALE_S - 1)], RUNNING, NOW).state == "ready"
+    assert judge("a", SUBMISSION, [record("ready", age=STALE_S + 1)], RUNNING, NOW).state == "silent"
 
 
 def test_of_several_members_the_one_that_answers_counts() -> None:
