@@ -24,7 +24,7 @@ from metaseq_api import __version__, log
 from metaseq_api.core import ModelConfig
 from metaseq_api.errors import MetaseqApiError, ServiceError, SettingsError
 from metaseq_api.launch import cluster, doctor, plan, service
-from metaseq_api.launch.door import Parser, add_sbatch, sbatch_options
+from metaseq_api.launch.door import Parser, add_sbatch, count, sbatch_options
 from metaseq_api.launch.registry import Registry, checked_key, read_key
 from metaseq_api.launch.standing import Standing
 from metaseq_api.settings import DEMO, DTYPES
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command("stop", "End a service, and forget all of it but its log.").add_argument("name")
     check = command("doctor", "Check this site before anything is submitted.")
     check.add_argument("checkpoint", nargs="?", type=Path, help="is it readable from the nodes?")
-    check.add_argument("--nodes", type=_count, default=2, help="nodes of the trial job (default: 2)")
+    check.add_argument("--nodes", type=count, default=2, help="nodes of the trial job (default: 2)")
     check.add_argument("--gpus", type=int, default=0, help="GPUs of each node that the trial job asks for (default: 0)")
     check.add_argument("--python", default=sys.executable, metavar="FILE", help="the nodes' Python (default: this one)")
     check.add_argument("--no-job", action="store_true", help="look from here only; start no trial job")
@@ -72,16 +72,16 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder of shards or model parts (default: the demo)")
     add("--name", help="of the service (default: the checkpoint's folder)")
-    add("-N", "--nodes", type=_count, default=1, help="default: 1")
+    add("-N", "--nodes", type=count, default=1, help="default: 1")
     add("--gpus", type=int, default=None, metavar="N", help="of each node (default: all of one); 0 serves on CPUs")
     add(
         "--model-parallel",
-        type=_count,
+        type=count,
         metavar="N",
         help="ranks the model is split over (default: as many GPUs as divide it)",
     )
     add("--dtype", choices=DTYPES, help="of weights and cache (default: as stored on a GPU, fp32 on a CPU)")
-    add("--max-seq-len", type=_count, metavar="N", help="tokens of prompt and completion (default: the model's window)")
+    add("--max-seq-len", type=count, metavar="N", help="tokens of prompt and completion (default: the model's window)")
     add("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: what gres or features tell)")
     add("--host", default="0.0.0.0", help="address to listen on (default: every one of its node's)")
     add("--port", type=int, default=0, help="default: 0, a free one, bound once; the registry tells which")
@@ -93,12 +93,6 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     add("--cancel-on-interrupt", action="store_true", help="a Ctrl-C while waiting cancels the job too")
     add_sbatch(parser)
     parser.epilog = "Flags of metaseq-api-local may follow `--`."
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,9 +196,9 @@ def _submit(registry: Registry, args: argparse.Namespace, flags: list[str]) -> i
             print(f"\njob {submission.job} goes on: {told}", file=sys.stderr)
         return 128 + signal.SIGINT
     if standing.has_ended:
-        raise ServiceError(
-            f"{order.name} ended before it was ready: {standing.words}; {PROG} logs {order.name} tells more"
-        )
+        error = service.last_error(registry, standing)
+        words = f"{standing.words}; {error}" if error else standing.words
+        raise ServiceError(f"{order.name} ended before it was ready: {words}; {PROG} logs {order.name} tells more")
     print(standing.url)
     print(service.curl_line(standing))
     print(f"from your own machine: {service.ssh_line(standing, getpass.getuser())}")

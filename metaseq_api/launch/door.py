@@ -52,3 +52,10 @@ def add_sbatch(parser: argparse.ArgumentParser) -> None:
 def sbatch_options(args: argparse.Namespace) -> dict[str, str | None]:
     """Those of sbatch's options that were given, by name; None for one without a value."""
     return {k.removeprefix("sbatch "): v for k, v in vars(args).items() if k.startswith("sbatch ")}
+
+
+def count(text: str) -> int:
+    """A number from 1 on, as argparse reads one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)

@@ -5,6 +5,7 @@ Knows the registry and SLURM, and brings their words together. Does not know the
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shlex
 import socket
@@ -241,6 +242,16 @@ def log_file(registry: Registry, standing: Standing) -> Path:
     if not path.exists():
         raise ServiceError(f"{standing.name} has written no log yet ({standing.words}); look again later")
     return path
+
+
+def last_error(registry: Registry, standing: Standing) -> str:
+    """The last error in a service's log, for one that ended before it could keep a record; "" where there is none."""
+    if standing.record is not None and standing.record.reason:
+        return ""
+    with contextlib.suppress(ServiceError, OSError):
+        lines = log_file(registry, standing).read_text("utf-8", errors="replace").splitlines()[-200:]
+        return next((line for line in reversed(lines) if "error: " in line and not line.startswith("srun: ")), "")
+    return ""
 
 
 def read_log(path: Path, going_on: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:

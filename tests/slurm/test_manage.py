@@ -170,6 +170,15 @@ def test_a_name_is_taken_while_its_service_lives_and_free_once_it_ended(
     assert job_of(registry, "a") != first
 
 
+def test_a_service_that_ends_before_it_keeps_a_record_is_told_by_the_last_error_of_its_log(
+    manage: Manage, light: list[str]
+) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        code, _, err = manage(*light, "--name", "a", "--port", str(other.getsockname()[1]))
+    assert code == 31
+    assert "its job failed (FAILED, NonZeroExitCode); metaseq-api-local: error: port " in err
+
+
 def test_fifty_services_started_at_once_on_one_node_have_a_port_each(
     manage: Manage, registry: Registry, light: list[str]
 ) -> None:
