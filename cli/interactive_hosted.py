@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--chat-template", metavar="FILE", help="Jinja2, for /v1/chat/completions (default: User: and Assistant: lines)"
     )
+    add("--registry", metavar="DIR", help="folder where this service tells how it is (metaseq-api-slurm)")
+    add("--service", metavar="NAME", help="its name there")
+    add("--member", type=int, metavar="N", help="its number among services of one name (default: 0)")
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser
@@ -104,7 +107,7 @@ def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
     _check_files(chosen)
     placement = rendezvous.detect(os.environ)
     num_ranks = _num_ranks(chosen, placement, rendezvous.visible_gpus(os.environ))
-    chosen = dataclasses.replace(chosen, model_parallel=num_ranks)
+    chosen = dataclasses.replace(chosen, model_parallel=num_ranks, job=rendezvous.job_id(os.environ))
     # before anything is started: a port in use is said at once, and nothing has to be undone
     sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
     if sock is not None:

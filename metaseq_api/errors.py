@@ -12,6 +12,8 @@
     |  |- PortInUse
     |  `- MemoryTooSmall
     |- RankFailed                  a worker process died or stopped answering
+    |- ClusterError                SLURM refused, is not there, or does not answer
+    |- ServiceError                a service that was asked for by name: there is none, or it ended
     `- RequestError                what one client asked
        |- NotAuthorized, Forbidden, NotFound, MethodNotAllowed, PayloadTooLarge, UnsupportedMediaType
        |- Overloaded, RateLimited  come back later
@@ -105,6 +107,20 @@ class RankFailed(MetaseqApiError):
 
     exit_code = 20
     code = "rank_failed"
+
+
+class ClusterError(MetaseqApiError):
+    """SLURM refused what was asked of it, is not there, or does not answer."""
+
+    exit_code = 30
+    code = "cluster"
+
+
+class ServiceError(MetaseqApiError):
+    """There is no service of this name, there is one already, or it ended before it was ready."""
+
+    exit_code = 31
+    code = "service"
 
 
 class RequestError(MetaseqApiError):

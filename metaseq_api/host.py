@@ -29,6 +29,7 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
+from metaseq_api.launch.recorder import Recorder, recorded
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
@@ -66,6 +67,11 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
 
     Raises: MetaseqApiError, with nothing left half-started.
     """
+    with recorded(settings, rank, sock) as recorder:
+        return _be_rank(settings, rank, sock, recorder)
+
+
+def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, recorder: Recorder) -> int:
     ready = prepare(settings, rank)
     torch.set_num_threads(ready.threads)
     context = join(
@@ -76,7 +82,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
         timeout_s=settings.timeout_s,
     )
     with explained(rank, ready.device):
-        worker = load(ready, context, settings)
+        worker = load(ready, context, settings, recorder)
         channel = Channel(context)
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
         if not context.is_driver:
@@ -84,7 +90,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock)
+            code = serve(settings, ready, worker, channel, sock, recorder)
     leave(context)
     return code
 
@@ -145,7 +151,7 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
     )
 
 
-def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worker:
+def load(ready: Prepared, context: ParallelContext, settings: Settings, recorder: Recorder | None = None) -> Worker:
     """Read this rank's slice of the weights, rank 0 saying how far it itself is, and make its cache."""
     num_blocks = context.least(ready.memory.num_blocks)  # now: after reading, ranks may be minutes apart
     model = OPT(ready.config, context, ready.dtype)
@@ -153,12 +159,16 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worke
         if begin is None:
             model.load(ready.checkpoint)
         else:
-            model.load(Counted(ready.checkpoint, begin(driver_bytes(ready.checkpoint, context.tensor_size))))
+            total = driver_bytes(ready.checkpoint, context.tensor_size)
+            listeners = [begin(total), *([recorder.loading(total)] if recorder else [])]
+            model.load(Counted(ready.checkpoint, lambda done: [told(done) for told in listeners]))
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
     return Worker(model, cache)
 
 
-def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket) -> int:
+def serve(
+    settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket, recorder: Recorder
+) -> int:
     """Rank 0: answer requests until told to end; the exit code. Raises: RankFailed when the engine ended by itself."""
     # only rank 0 needs these: a follower, and a machine without flask, never import them
     from metaseq_api.server.app import create_app
@@ -168,6 +178,7 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
     server = Server(create_app(engine, settings), sock)
 
     def end() -> None:
+        recorder.draining()
         log.info("ending: running requests have %.0f s", GRACE_S)
         stopper = threading.Thread(target=server.stop, args=(GRACE_S,))
         stopper.start()
@@ -178,6 +189,7 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
     # a thread, since a handler must not wait for what the thread it interrupts may hold
     signal.signal(signal.SIGTERM, lambda *_: ending.start() if ending.ident is None else None)
     server.start()
+    recorder.ready()
     print_banner(settings, ready, worker, sock)
     engine.run()
     if engine.wait_failed(0):

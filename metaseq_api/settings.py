@@ -82,6 +82,14 @@ class Settings:
     """Units: seconds that a request has at most, and where it says nothing; None: as long as it takes."""
     chat_template: Path | None = None
     """A Jinja2 template that makes a conversation a prompt, as Hugging Face's; None: User: and Assistant: lines."""
+    registry: Path | None = None
+    """The folder of services where this one tells how it is; None: nowhere."""
+    service: str | None = None
+    """Its name there."""
+    member: int = 0
+    """Its number among services of one name."""
+    job: str | None = None
+    """The SLURM job it is in."""
     demo: bool = False
     """Whether no checkpoint was named, so that the embedded one serves."""
 
@@ -209,6 +217,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "guard_metrics": _bool,
     "cors_origins": _origins,
     "request_timeout_s": _seconds,
+    "registry": _path,
+    "service": _text,
+    "member": _int(0, 1 << 16),
 }
 
 

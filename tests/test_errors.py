@@ -21,6 +21,8 @@ TABLE = {
     "PortInUse": (9, 500, "server_error", "resource"),
     "MemoryTooSmall": (10, 500, "server_error", "resource"),
     "RankFailed": (20, 500, "server_error", "rank_failed"),
+    "ClusterError": (30, 500, "server_error", "cluster"),
+    "ServiceError": (31, 500, "server_error", "service"),
     "RequestError": (1, 400, "invalid_request_error", "invalid_value"),
     "NotAuthorized": (1, 401, "authentication_error", "invalid_api_key"),
     "Forbidden": (1, 403, "permission_error", "forbidden"),

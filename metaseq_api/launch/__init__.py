@@ -1,1 +1,1 @@
-"""Processes of one machine and their place among the ranks of a job. Prohibited here: torch."""
+"""Processes of one machine, their place among the ranks of a job, and services on SLURM. Prohibited here: torch."""

@@ -98,6 +98,11 @@ def detect(environ: Mapping[str, str]) -> Placement:
     return Placement(kind="alone", node=node)
 
 
+def job_id(environ: Mapping[str, str]) -> str | None:
+    """The SLURM job this process is in, if it is in one."""
+    return environ.get("SLURM_JOB_ID") or None
+
+
 def _is_slurm_task(environ: Mapping[str, str]) -> bool:
     """Whether srun started us; a batch script and an salloc shell carry SLURM_* too, but no step of their own."""
     step = environ.get("SLURM_STEP_ID", "")

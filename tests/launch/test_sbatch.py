@@ -1,0 +1,85 @@
+"""The batch script: golden texts, options that sbatch really has, quoting that nothing takes apart."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from metaseq_api.core.config import OPT_SHAPES
+from metaseq_api.errors import SettingsError
+from metaseq_api.launch import sbatch
+from metaseq_api.launch.plan import lay_out
+from metaseq_api.launch.registry import Registry
+from metaseq_api.launch.sbatch import Script
+from metaseq_api.launch.service import Order
+
+GOLDEN = Path(__file__).with_name("golden")
+BY_HAND = Path(__file__).parents[2] / "slurm" / "hosted.sbatch"
+
+
+def order(**more: object) -> Order:
+    fields: dict[str, object] = {
+        "name": "opt-175b",
+        "layout": lay_out(OPT_SHAPES["opt-175b"], nodes=2, gpus=8),
+        "checkpoint": Path("/data/opt/175B"),
+        "host": "0.0.0.0",
+        "port": 0,
+        "key": None,
+        "python": "/opt/venv/bin/python",
+        "options": {},
+        "setup": [],
+        "flags": [],
+    }
+    return Order(**(fields | more))  # type: ignore[arg-type]
+
+
+ORDERS = {
+    "two_nodes": order(options={"partition": "gpu", "time": "2-00:00:00", "requeue": None}),
+    "cpu_demo": order(
+        name="demo", checkpoint=None, key="", layout=lay_out(OPT_SHAPES["opt-125m"], nodes=1, gpus=0), port=6010
+    ),
+    "odd_names": order(
+        checkpoint=Path("/data/my models/it's 100%"),
+        setup=["module load cuda/12", "source ~/env"],
+        options={"comment": 'say "hi" \\ #1', "exclusive": "user", "constraint": "a100&ib"},
+        flags=["--dtype", "bf16", "--cors-origins", "https://a.example,*"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_script_is_as_agreed(name: str) -> None:
+    registry = Registry(Path("/home/me/100% mine/services" if name == "odd_names" else "/home/me/services"))
+    assert ORDERS[name].script(registry).render() == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_golden_scripts_are_good_shell(name: str) -> None:
+    subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sbatch")], check=True)
+
+
+def test_the_file_for_use_by_hand_runs_the_same_line() -> None:
+    def essence(text: str) -> list[str]:
+        lines = [line.partition(" #")[0].strip() for line in text.replace("\\\n", "").splitlines()]
+        kept = [line for line in lines if line.startswith(("export", "exec")) and "API_KEY" not in line]
+        return [re.sub(r"\s+", " ", line.partition("interactive_hosted")[0]) for line in kept]
+
+    made = (GOLDEN / "two_nodes.sbatch").read_text().replace("/opt/venv/bin/python", "python3")
+    assert essence(BY_HAND.read_text()) == essence(made)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\x00b", "\x7f"])
+def test_a_value_that_would_break_the_script_is_refused(value: str) -> None:
+    script = Script(name="a", nodes=1, gpus=0, output="x", registry="/r", command=["true"], options={"comment": value})
+    with pytest.raises(SettingsError, match="--comment holds a line break or another control character"):
+        script.render()
+
+
+def test_no_option_is_both_passed_on_and_ours() -> None:
+    passed = [*sbatch.VALUED, *sbatch.OPTIONAL, *sbatch.BARE]
+    assert len(passed) == len(set(passed))
+    assert not set(passed) & set(sbatch.OURS)
+    assert set(sbatch.SHORT) <= set(passed)
