@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import socket
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,11 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
+from metaseq_api.launch.child import leave_signals_to_rank_0
+from metaseq_api.launch.drain import Drain
 from metaseq_api.launch.rendezvous import RankInfo, device_index
+from metaseq_api.launch.signals import heard
+from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
@@ -41,8 +43,6 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 2.0
-"""Units: seconds that running requests have once the service is told to end."""
 LOAD_TIMEOUT_S = 3600.0
 
 
@@ -60,7 +60,7 @@ class Prepared:
     threads: int
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> int:
+def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms) -> int:
     """Be one rank until the service ends; the exit code. `sock` is rank 0's listening socket.
 
     Raises: MetaseqApiError, with nothing left half-started.
@@ -77,13 +77,15 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
     try:
         worker = load(ready, context, settings)
         channel = Channel(context)
+        if not context.is_driver:
+            leave_signals_to_rank_0()
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
         if not context.is_driver:
             follow(worker, channel)
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock)
+            code = serve(settings, ready, worker, channel, sock, terms)
     except torch.OutOfMemoryError as e:
         raise MemoryTooSmall(
             f"rank {rank.rank} ran out of memory on {ready.device} ({str(e).splitlines()[0]}); "
@@ -150,7 +152,9 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worke
     return Worker(model, cache)
 
 
-def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket) -> int:
+def serve(
+    settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket, terms: Terms
+) -> int:
     """Rank 0: answer requests until told to end; the exit code. Raises: RankFailed when the engine ended by itself."""
     # only rank 0 needs these: a follower, and a machine without flask, never import them
     from metaseq_api.server.app import create_app
@@ -158,24 +162,17 @@ def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel,
 
     engine = make_engine(settings, ready, worker, channel)
     server = Server(create_app(engine, settings), sock)
-
-    def end() -> None:
-        log.info("ending: running requests have %.0f s", GRACE_S)
-        stopper = threading.Thread(target=server.stop, args=(GRACE_S,))
-        stopper.start()
-        engine.stop(GRACE_S)
-        stopper.join()
-
-    ending = threading.Thread(target=end, name="end")
-    # a thread, since a handler must not wait for what the thread it interrupts may hold
-    signal.signal(signal.SIGTERM, lambda *_: ending.start() if ending.ident is None else None)
-    server.start()
-    print_banner(settings, ready, worker, sock)
-    engine.run()
-    if engine.wait_failed(0):
-        server.stop(0)
-        raise RankFailed("the engine failed; its stack is in the log above")
-    ending.join()
+    with heard() as signals:
+        drain = Drain(engine, server, Deadline(terms), signals)
+        drain.start()
+        server.start()
+        print_banner(settings, ready, worker, sock)
+        engine.run()
+        signals.wake()
+        if engine.wait_failed(0):
+            server.stop(0)
+            raise RankFailed("the engine failed; its stack is in the log above")
+        drain.join()
     return 0
 
 

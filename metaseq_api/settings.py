@@ -61,6 +61,10 @@ class Settings:
     """CPU threads of one rank; None: the cores divided by the ranks of this machine."""
     timeout_s: float = 30.0
     """Units: seconds without a sign of life after which a rank counts as lost."""
+    grace_s: float | None = None
+    """Units: seconds that running requests have at most when the service ends; None: what SLURM leaves, else 30."""
+    interface: str | None = None
+    """Network interface by which ranks of several nodes reach each other; None: that of SLURM's name of the node."""
     metaseq_compat: bool = False
     """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
     demo: bool = False
@@ -90,8 +94,12 @@ _NAMES: dict[str, str] = {
     "MAX_QUEUE": "max_queue",
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
+    "GRACE_S": "grace_s",
+    "INTERFACE": "interface",
     "METASEQ_COMPAT": "metaseq_compat",
 }
+# flags that are not called after their field
+_FLAGS = {"grace_s": "--grace"}
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
     "TOTAL_WORLD_SIZE": "checked against MODEL_PARALLEL",
@@ -140,10 +148,13 @@ def _text(v: Any) -> str:
     return v
 
 
-def _seconds(v: Any) -> float:
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 1 <= v <= 86400:
-        raise TypeError("seconds from 1 to 86400")
-    return float(v)
+def _seconds(low: int) -> Callable[[Any], float]:
+    def check(v: Any) -> float:
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= 86400:
+            raise TypeError(f"seconds from {low} to 86400")
+        return float(v)
+
+    return check
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -166,7 +177,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "cache_list_size": _int(0, 1 << 10),
     "max_queue": _int(1, 1 << 20),
     "threads": _int(1, 1024),
-    "timeout_s": _seconds,
+    "timeout_s": _seconds(1),
+    "grace_s": _seconds(0),
+    "interface": _text,
     "metaseq_compat": _bool,
 }
 
@@ -241,7 +254,7 @@ def load(
         values, remarks = read_constants(path)
     for field, value in flags.items():
         if value is not None:
-            values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
+            values[field] = _checked(field, value, _FLAGS.get(field, f"--{field.replace('_', '-')}"))
     values["demo"] = "checkpoint" not in values
     chosen = dataclasses.replace(Settings(), **values)
     if chosen.cache_list_size and not chosen.cache_size:

@@ -137,11 +137,25 @@ class Engine:
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Take no more requests, give running ones `grace_s` seconds, then end the rest and the other ranks' loops."""
+        self.end_by(time.monotonic() + grace_s)
+        self._ended.wait(grace_s + 10.0)
+
+    def end_by(self, deadline: float) -> int:
+        """The same without waiting; a later call can only shorten. How many sequences are in work or wait.
+
+        Units: seconds of the monotonic clock. Any thread, also while a step is held up.
+        """
         with self._lock:
             self._stopped = self._stopped or "the server is shutting down; ask again elsewhere or later"
-            self._stop_at = time.monotonic() + grace_s
+            self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
+            num_queued = self._num_queued
         self._inbox.put((_WAKE, "wake"))
-        self._ended.wait(grace_s + 10.0)
+        return num_queued
+
+    @property
+    def ended(self) -> bool:
+        """Whether every request has been answered and no more will be."""
+        return self._ended.is_set()
 
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Wait for the engine's end; whether it was a failure. Units: seconds."""

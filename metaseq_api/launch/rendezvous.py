@@ -43,6 +43,17 @@ class RankInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The SLURM job that this process is part of."""
+
+    job_id: str
+    restarts: int = 0
+    """How often SLURM has started it again: after `scontrol requeue`, preemption, or a node's failure."""
+    end_time: float | None = None
+    """Units: seconds of the epoch; None where SLURM's environment does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """How this process was started. `rank` is set where `kind` is "rank", `meet` where there are several machines."""
 
@@ -96,6 +107,19 @@ def detect(environ: Mapping[str, str]) -> Placement:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _under_torchrun(environ, node)
     return Placement(kind="alone", node=node)
+
+
+def job_of(environ: Mapping[str, str]) -> Job | None:
+    """The job this process is in, be it in a step, a batch script or an salloc shell; None outside SLURM."""
+    job_id = environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return None
+    restarts, end = environ.get("SLURM_RESTART_COUNT", ""), environ.get("SLURM_JOB_END_TIME", "")
+    return Job(
+        job_id=job_id,
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+        end_time=float(end) if end.isdecimal() else None,
+    )
 
 
 def _is_slurm_task(environ: Mapping[str, str]) -> bool:

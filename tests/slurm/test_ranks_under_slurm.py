@@ -203,10 +203,10 @@ def test_one_ctrl_c_ends_an_srun_with_quit_on_interrupt(conf: Path, tmp_path: Pa
 
 
 def test_rank_0_ends_its_requests_with_followers_that_slurm_told_to_end_too(conf: Path, tmp_path: Path) -> None:
-    with srun(conf, tmp_path, "-N1 -n2", DUMMY_RANK0="drain") as f:
+    with srun(conf, tmp_path, "-N1 -n2", DUMMY_RANK0="drain", DUMMY_RANK1="follow") as f:
         f.up(2)
         subprocess.run(["scancel", "--me"], env=clean_env(SLURM_CONF=str(conf)), timeout=20, check=True)
         until((tmp_path / "drained").exists, "rank 0 to end its requests")
-        assert (tmp_path / "drained").read_text() == "with rank 1"
+        assert (tmp_path / "drained").read_text() == "SIGTERM with rank 1"
         f.end()
         f.assert_nothing_left_running()
