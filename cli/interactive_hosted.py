@@ -25,6 +25,7 @@ from typing import NoReturn
 from metaseq_api import __version__, log, settings
 from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, ResourceError, SettingsError, TokenizerError
 from metaseq_api.launch import child, rendezvous, supervisor, terms
+from metaseq_api.launch.meeting import address_of
 from metaseq_api.settings import Settings
 
 RANKS_PER_CORE = 4
@@ -107,6 +108,10 @@ def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
     chosen = dataclasses.replace(chosen, model_parallel=num_ranks)
     # before anything is started: a port in use is said at once, and nothing has to be undone
     sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
+    if chosen.interface is not None:
+        address_of(chosen.interface)  # or refused by name, now
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, chosen.interface)
     known = terms.ask(job, chosen.grace_s)
     if job is not None and job.restarts and placement.has_rank_0:
         logging.getLogger(__name__).info("job %s was started again by SLURM, time %d", job.job_id, job.restarts)

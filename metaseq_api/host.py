@@ -28,6 +28,7 @@ from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.child import leave_signals_to_rank_0
 from metaseq_api.launch.drain import Drain
+from metaseq_api.launch.meeting import resolved
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.launch.signals import heard
 from metaseq_api.launch.terms import Deadline, Terms
@@ -67,13 +68,15 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
     """
     ready = prepare(settings, rank)
     torch.set_num_threads(ready.threads)
-    context = join(
-        rank=rank.rank,
-        world_size=rank.world_size,
-        init=rank.init,
-        device=ready.device,
-        timeout_s=settings.timeout_s,
-    )
+    with resolved(rank.init, rank.rank, settings.interface) as (init, listen_fd):
+        context = join(
+            rank=rank.rank,
+            world_size=rank.world_size,
+            init=init,
+            device=ready.device,
+            timeout_s=settings.timeout_s,
+            listen_fd=listen_fd,
+        )
     try:
         worker = load(ready, context, settings)
         channel = Channel(context)

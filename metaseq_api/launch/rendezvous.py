@@ -11,6 +11,7 @@ Knows names and numbers. Does not know torch, processes or the model; opens no s
     file:///proc/self/fd/N   ranks of one supervisor, which inherited that file from it: no port, no name
     tcp://address:port       rank 0 listens there, the others come
     agent://address:port     torchrun's agent listens there already: every rank comes, none listens
+    step://node/name         rank 0's doorman on that node tells the port to whoever names the step (`meeting`)
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from metaseq_api.errors import ResourceError, SettingsError
 
 # SLURM numbers its own steps from 0xfffffffa up: interactive (salloc), batch script, extern, pending
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA
-_PORTS = range(20000, 60000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,7 @@ def _under_slurm(environ: Mapping[str, str], node: str) -> Placement:
     num_tasks = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     num_nodes = _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     node_rank = _number(environ, "SLURM_NODEID")
-    meet = _address("tcp", _first_node(environ, num_nodes), _port(environ))
+    meet = _meeting(environ, num_nodes)
     if num_tasks == num_nodes:
         return Placement(
             kind="node",
@@ -163,10 +163,12 @@ def _under_slurm(environ: Mapping[str, str], node: str) -> Placement:
     tasks = expand_tasks(_text(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     if node_rank >= len(tasks):
         raise SettingsError(f"SLURM_NODEID is {node_rank}, but SLURM names tasks on {len(tasks)} nodes only: {tasks}")
+    local_rank = _number(environ, "SLURM_LOCALID")
     info = RankInfo(
-        rank=_number(environ, "SLURM_PROCID"),
+        # not SLURM_PROCID, which --distribution=cyclic deals out over the nodes: neighbours are to share one
+        rank=sum(tasks[:node_rank]) + local_rank,
         world_size=num_tasks,
-        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_rank=local_rank,
         local_world_size=tasks[node_rank],
         node=node,
         init=meet,
@@ -182,12 +184,14 @@ def _first_node(environ: Mapping[str, str], num_nodes: int) -> str:
     return expand_nodes(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))[0]
 
 
-def _port(environ: Mapping[str, str]) -> int:
-    """$MASTER_PORT, else one that every task of a step derives alike and two jobs of a node rarely share."""
+def _meeting(environ: Mapping[str, str], num_nodes: int) -> str:
+    """$MASTER_PORT where it is set; else the step's name, by which rank 0's doorman is found."""
+    node = _first_node(environ, num_nodes)
     if environ.get("MASTER_PORT"):
-        return _master_port(environ)
-    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
-    return _PORTS[(job * 16 + step) % len(_PORTS)]
+        return _address("tcp", node, _master_port(environ))
+    job = job_of(environ)
+    name = f"{_number(environ, 'SLURM_JOB_ID')}.{_number(environ, 'SLURM_STEP_ID')}.{job.restarts if job else 0}"
+    return f"step://{node}/{name}"
 
 
 def _master_port(environ: Mapping[str, str]) -> int:

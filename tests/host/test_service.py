@@ -139,7 +139,7 @@ def test_a_request_that_runs_when_the_end_comes_is_answered(start: Start) -> Non
     client.start()
     until(lambda: service.running, "the request to run")
     service.process.terminate()
-    assert service.end(5) == 0
+    assert service.end(60) == 0
     client.join(10)
     assert answers[0]["usage"]["completion_tokens"] == 300  # type: ignore[index]
 
