@@ -7,8 +7,12 @@ The one library module that knows all the others: it puts them together and hold
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import os
+import re
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +30,10 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
-from metaseq_api.launch.child import leave_signals_to_rank_0
+from metaseq_api.launch.child import ignore_stops
 from metaseq_api.launch.drain import Drain
 from metaseq_api.launch.meeting import resolved
+from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.launch.signals import heard
 from metaseq_api.launch.terms import Deadline, Terms
@@ -36,6 +41,7 @@ from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
 from metaseq_api.parallel.context import ParallelContext, join, leave
+from metaseq_api.parallel.roll import Peer, break_off, missing, sign_in
 from metaseq_api.progress import progress_bar
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
@@ -45,6 +51,7 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
+_SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +84,12 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
             timeout_s=settings.timeout_s,
             listen_fd=listen_fd,
         )
+    peers = sign_in(context, rank.node, os.getpid())
     try:
         worker = load(ready, context, settings)
         channel = Channel(context)
         if not context.is_driver:
-            leave_signals_to_rank_0()
+            ignore_stops()
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
         if not context.is_driver:
             follow(worker, channel)
@@ -95,8 +103,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
             "split the model further (--model-parallel), or take a smaller --max-batch-tokens"
         ) from e
     except RuntimeError as e:  # what torch.distributed raises where a peer is lost
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}") from e
+        raise _explain(e, rank, context, peers) from e
     leave(context)
     return code
 
@@ -172,11 +179,32 @@ def serve(
         print_banner(settings, ready, worker, sock)
         engine.run()
         signals.wake()
-        if engine.wait_failed(0):
-            server.stop(0)
+        if engine.failure is not None:
+            threading.Thread(target=server.stop, args=(0,), daemon=True).start()  # while the others are asked for
+            if isinstance(engine.failure, RuntimeError):
+                raise engine.failure
             raise RankFailed("the engine failed; its stack is in the log above")
         drain.join()
     return 0
+
+
+def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext, peers: list[Peer]) -> RankFailed:
+    """Which rank was lost, where that is why this one cannot go on; its stack, and this one's, are in the log then."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if context.tensor_size == 1 or not _SPEAKS_OF_A_PEER.search(str(error)):
+        return RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}")
+    ignore_stops()  # what follows takes seconds, within which torchrun or srun may end whoever is left
+    faulthandler.dump_traceback(all_threads=False)
+    break_off()
+    lost = missing(context, peers)
+    if not lost:
+        return RankFailed(f"rank {rank.rank} was cut off, though every rank is there: {reason}")
+    log.error("lost %s: %s", ", ".join(map(str, lost)), reason)
+    here = [p for p in lost if p.node == rank.node]
+    look = state_of if rank.supervised else show_stack_and_kill
+    states = {p: f"was {look(p.pid)}" for p in here}
+    says = "; ".join(f"{p} {states.get(p, 'does not answer, and cannot show its stack')}" for p in lost)
+    return RankFailed(f"lost {says} ({reason})")
 
 
 def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:

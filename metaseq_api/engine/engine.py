@@ -73,7 +73,8 @@ class Engine:
         self._stopped = ""
         self._stop_at: float | None = None
         self._ended = threading.Event()
-        self._failed = False
+        self.failure: Exception | None = None
+        """What ended it, where nobody told it to."""
 
     # ---- what other threads call ----
 
@@ -159,7 +160,7 @@ class Engine:
 
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Wait for the engine's end; whether it was a failure. Units: seconds."""
-        return self._ended.wait(timeout) and self._failed
+        return self._ended.wait(timeout) and self.failure is not None
 
     # ---- the batching thread ----
 
@@ -169,9 +170,9 @@ class Engine:
             while self._stop_at is None or (self._num_queued and time.monotonic() < self._stop_at):
                 self.turn()
             self._channel.send_stop()
-        except Exception:
+        except Exception as e:
             log.exception("the engine failed")
-            self._failed = True
+            self.failure = e
             self._stopped = "the engine failed; the server's log says why"
         finally:
             with self._lock:

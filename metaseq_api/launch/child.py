@@ -6,9 +6,9 @@ reads its Order from standard input and calls `MODULE.run_rank(settings, rank_in
 module is imported only after the process is tied to its parent.
 
 Signals: while it starts and loads, a stop signal ends a rank at once. From then on rank 0 hears them (`signals`), and
-the others leave them to it (`leave_signals_to_rank_0`): SLURM sends them to every process of a step, and requests can
+the others leave them to it (`ignore_stops`): SLURM sends them to every process of a step, and requests can
 only be ended with every rank's help. Ctrl-C in a terminal reaches the whole family, so followers never act on it.
-SIGQUIT writes the stack of every thread to the log and does nothing else.
+SIGQUIT writes the stack of the main thread to the log and does nothing else.
 
 Knows signals and the Order. Does not know what a rank does, nor torch.
 """
@@ -42,7 +42,7 @@ def child_setup(rank: int, parent_pid: int | None) -> None:
     """The manners of a rank; `parent_pid` is who takes it along, if anybody: a supervisor, torchrun's agent."""
     if parent_pid is not None:
         die_with_parent(parent_pid)
-    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    faulthandler.register(signal.SIGQUIT, all_threads=False)  # of the main thread, which computes
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_DFL)  # at once, also inside a collective that Python cannot interrupt
     signal.signal(signal.SIGINT, signal.SIG_DFL if rank == 0 else signal.SIG_IGN)
@@ -51,8 +51,8 @@ def child_setup(rank: int, parent_pid: int | None) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
-def leave_signals_to_rank_0() -> None:
-    """A follower that has loaded: rank 0 dismisses it, or is lost, which the next collective tells."""
+def ignore_stops() -> None:
+    """For a follower that has loaded: rank 0 dismisses it, or is lost, which the next collective tells."""
     for signum in STOPS:
         signal.signal(signum, signal.SIG_IGN)
 

@@ -40,6 +40,8 @@ class RankInfo:
     node: str
     """The machine's name as SLURM calls it, else the host name; for messages."""
     init: str
+    supervised: bool = False
+    """Whether a supervisor of ours started it, who looks after it; not srun or torchrun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ class Placement:
                 local_world_size=each,
                 node=self.node,
                 init=self.meet or store,
+                supervised=True,
             )
             for i in range(each)
         ]

@@ -22,12 +22,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from socket import socket
 
 from metaseq_api import errors
 from metaseq_api.errors import MetaseqApiError, RankFailed, ResourceError
 from metaseq_api.launch.order import Order, read_last_words
+from metaseq_api.launch.post_mortem import is_held
 from metaseq_api.launch.rendezvous import Placement, RankInfo
 from metaseq_api.launch.signals import Signals, heard
 from metaseq_api.launch.terms import Deadline, Terms
@@ -83,11 +83,7 @@ class _Child:
     @property
     def is_stopped(self) -> bool:
         """Whether SIGSTOP, or a debugger, holds it."""
-        try:
-            status = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:
-            return False
-        return status.rpartition(")")[2].split()[0] in "tT"
+        return is_held(self.process.pid)
 
     def send(self, signum: int) -> None:
         if self.alive:
@@ -147,9 +143,11 @@ def supervise(
             if lost:  # it could not end its requests
                 raise _verdict(lost[0])
             return 0
+        if held:
+            raise _held_verdict(culprit, settings.timeout_s)
         if culprit.process.returncode == 0 and (culprit.rank.rank == 0 or _all_well(children)):
             return 0
-        raise _held_verdict(culprit, settings.timeout_s) if held else _verdict(culprit)
+        raise _verdict(culprit)
 
 
 def _unnamed_file(files: contextlib.ExitStack) -> int:

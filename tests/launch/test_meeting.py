@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 from support.processes import TESTS, clean_env
@@ -19,13 +18,13 @@ SOON = 10.0
 
 
 @pytest.fixture
-def ports() -> Iterator[list[int]]:
+def ports() -> list[int]:
     """Four ports that were free just now."""
     socks = [socket.create_server(("", 0)) for _ in range(4)]
     found = [s.getsockname()[1] for s in socks]
     for s in socks:
         s.close()
-    yield found
+    return found
 
 
 def test_the_places_of_a_step_are_its_own_and_below_those_linux_gives_away() -> None:
@@ -79,7 +78,7 @@ def test_who_comes_before_rank_0_waits_for_it(ports: list[int]) -> None:
 
 
 def test_a_rank_0_that_never_comes_a_node_nobody_knows_and_no_place_left_are_said(ports: list[int]) -> None:
-    with pytest.raises(RankFailed, match="rank 0 on 127.0.0.1 did not come"):
+    with pytest.raises(RankFailed, match=r"rank 0 on 127.0.0.1 did not come"):
         find("17.0.0", HERE, at=ports, patience_s=0.2)
     with pytest.raises(SettingsError, match=r"does not know no.such.node.invalid.*MASTER_ADDR"):
         find("17.0.0", "no.such.node.invalid", at=ports)

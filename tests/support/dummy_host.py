@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from metaseq_api.errors import CheckpointCorrupt, RankFailed
-from metaseq_api.launch.child import leave_signals_to_rank_0
+from metaseq_api.launch.child import ignore_stops
 from metaseq_api.launch.order import settings_to_dict
 from metaseq_api.launch.rendezvous import RankInfo
 from metaseq_api.launch.terms import Terms
@@ -31,7 +31,7 @@ def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
         if role == "drain":
             signal.signal(stop, lambda signum, _: drain(here, signum))
     if role == "follow":
-        leave_signals_to_rank_0()
+        ignore_stops()
     told = {"pid": os.getpid(), "rank": dataclasses.asdict(rank), "settings": settings_to_dict(settings)}
     told["terms"] = dataclasses.asdict(terms)
     told["port"] = sock.getsockname()[1] if sock else None
