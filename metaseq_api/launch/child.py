@@ -42,7 +42,8 @@ def child_setup(rank: int, parent_pid: int | None) -> None:
     """The manners of a rank; `parent_pid` is who takes it along, if anybody: a supervisor, torchrun's agent."""
     if parent_pid is not None:
         die_with_parent(parent_pid)
-    faulthandler.register(signal.SIGQUIT, all_threads=False)  # of the main thread, which computes
+    # rank 0 has more threads than are ever shown, and its main one, which computes, would come last
+    faulthandler.register(signal.SIGQUIT, all_threads=rank != 0)
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_DFL)  # at once, also inside a collective that Python cannot interrupt
     signal.signal(signal.SIGINT, signal.SIG_DFL if rank == 0 else signal.SIG_IGN)

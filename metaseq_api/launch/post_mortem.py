@@ -14,6 +14,8 @@ from pathlib import Path
 
 STACK_S = 0.3
 """Units: seconds that it has to write its stack."""
+ASK_FOR_STACK = (signal.SIGQUIT, signal.SIGCONT, signal.SIGQUIT)
+"""To one that is stopped: what is pending when it goes on is heard first, but by any thread; the second by the main."""
 _STATES = {
     "T": "stopped, by SIGSTOP",
     "t": "stopped, by a debugger",
@@ -44,7 +46,7 @@ def show_stack_and_kill(pid: int) -> str:
     """Have a rank's stack in its log, continuing it for that where it is stopped, and kill it; its state before."""
     state = state_of(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        for signum in (signal.SIGCONT, signal.SIGQUIT):  # to one that runs: else any of its threads may take it
+        for signum in ASK_FOR_STACK:
             os.kill(pid, signum)
         threading.Event().wait(STACK_S)
         os.kill(pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ from socket import socket
 from metaseq_api import errors
 from metaseq_api.errors import MetaseqApiError, RankFailed, ResourceError
 from metaseq_api.launch.order import Order, read_last_words
-from metaseq_api.launch.post_mortem import is_held
+from metaseq_api.launch.post_mortem import ASK_FOR_STACK, is_held
 from metaseq_api.launch.rendezvous import Placement, RankInfo
 from metaseq_api.launch.signals import Signals, heard
 from metaseq_api.launch.terms import Deadline, Terms
@@ -248,7 +248,8 @@ def _show_stacks(children: Sequence[_Child], signals: Signals) -> None:
             logger.warning(
                 "%s is stopped (SIGSTOP or a debugger); it goes on for its stack, then is killed", child.name
             )
-            child.send(signal.SIGCONT)
+            for signum in ASK_FOR_STACK[1:]:
+                child.send(signum)
     _await(children, signals, STACKS_S)
 
 
