@@ -31,6 +31,7 @@ from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.child import ignore_stops
+from metaseq_api.launch.countdown import Countdown, Hooks
 from metaseq_api.launch.drain import Drain
 from metaseq_api.launch.meeting import resolved
 from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
@@ -163,9 +164,18 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worke
 
 
 def serve(
-    settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket, terms: Terms
+    settings: Settings,
+    ready: Prepared,
+    worker: Worker,
+    channel: Channel,
+    sock: socket.socket,
+    terms: Terms,
+    hooks: Hooks | None = None,
 ) -> int:
-    """Rank 0: answer requests until told to end; the exit code. Raises: RankFailed when the engine ended by itself."""
+    """Rank 0: answer requests until told to end; the exit code.
+
+    Raises: RankFailed, or the RuntimeError that says how, when the engine ended by itself.
+    """
     # only rank 0 needs these: a follower, and a machine without flask, never import them
     from metaseq_api.server.app import create_app
     from metaseq_api.server.run import Server
@@ -177,7 +187,10 @@ def serve(
         drain.start()
         server.start()
         print_banner(settings, ready, worker, sock)
+        countdown = Countdown(hooks or Hooks(), server.url, terms.end_time)
+        countdown.start()
         engine.run()
+        countdown.stop()
         signals.wake()
         if engine.failure is not None:
             threading.Thread(target=server.stop, args=(0,), daemon=True).start()  # while the others are asked for
@@ -190,7 +203,8 @@ def serve(
 
 def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext, peers: list[Peer]) -> RankFailed:
     """Which rank was lost, where that is why this one cannot go on; its stack, and this one's, are in the log then."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+    reason = re.sub(r"^\[[^]]*\] ", "", reason)  # the line of gloo's source
     if context.tensor_size == 1 or not _SPEAKS_OF_A_PEER.search(str(error)):
         return RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}")
     ignore_stops()  # what follows takes seconds, within which torchrun or srun may end whoever is left
@@ -202,9 +216,9 @@ def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext, peer
     log.error("lost %s: %s", ", ".join(map(str, lost)), reason)
     here = [p for p in lost if p.node == rank.node]
     look = state_of if rank.supervised else show_stack_and_kill
-    states = {p: f"was {look(p.pid)}" for p in here}
-    says = "; ".join(f"{p} {states.get(p, 'does not answer, and cannot show its stack')}" for p in lost)
-    return RankFailed(f"lost {says} ({reason})")
+    states = {p: f"it was {look(p.pid)}" for p in here}
+    says = "; ".join(f"lost {p}: {states.get(p, 'it does not answer, and cannot show its stack')}" for p in lost)
+    return RankFailed(f"{says} ({reason})")
 
 
 def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:

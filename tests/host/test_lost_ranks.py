@@ -84,7 +84,7 @@ def test_a_stopped_rank_that_has_no_supervisor_is_named_by_another_which_has_its
     os.kill(pid, signal.SIGSTOP)
     until(lambda: under_torchrun.process.poll() is not None, "the end", 4 / 3 * TIMEOUT_S + 20)
     line = said(under_torchrun, "error: lost rank 1", f"(pid {pid} on ")
-    assert "was stopped, by SIGSTOP" in line
+    assert "it was stopped, by SIGSTOP" in line
     assert "in receive" in "\n".join(under_torchrun.lines)
 
 

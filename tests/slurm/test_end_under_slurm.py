@@ -171,7 +171,7 @@ def test_a_node_that_dies_is_named_and_with_requeue_the_service_is_back_once_the
     until(
         lambda: re.search(r"error: lost rank 1 \(pid \d+ on fake2\)", job.text), f"its name: {job.text}", TIMEOUT_S + 10
     )
-    until(lambda: "queued again (restart 1 of 5)" in job.text, f"the requeue: {job.text}", 30)
+    until(lambda: "queued again (restart 1 of 5)" in job.text, f"the requeue: {job.text}", 90)
     job.run("scontrol", "update", "nodename=fake2", "state=down", "reason=test")
     subprocess.run(["slurmd", "-N", "fake2"], env=job.env, check=True, timeout=20)
     job.run("scontrol", "update", "nodename=fake2", "state=resume")

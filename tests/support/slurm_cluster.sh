@@ -49,9 +49,9 @@ while True:
 EOF
 }
 
-forget_names() { # rewritten in place, since a container's /etc/hosts cannot be replaced
+forget_names() { # FOLDER; rewritten in place, since a container's /etc/hosts cannot be replaced
     local kept
-    kept=$(grep -v "$MARK\$" /etc/hosts || true)
+    kept=$(grep -vF "$MARK of $1" /etc/hosts || true) # another cluster may stand beside this one
     printf '%s\n' "$kept" >/etc/hosts
 }
 
@@ -113,8 +113,8 @@ start() { # FOLDER NODES GPUS CPUS
     (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
     munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munged.pid" \
         --log-file="$dir/munged.log" --seed-file="$dir/munge/seed" 2>>"$dir/munged.log" || fail "$(tail -3 "$dir/munged.log")"
-    forget_names
-    echo "127.0.0.1 $(seq -s ' ' -f 'fake%g' 1 "$nodes") $MARK" >>/etc/hosts
+    forget_names "$dir"
+    echo "127.0.0.1 $(seq -s ' ' -f 'fake%g' 1 "$nodes") $MARK of $dir" >>/etc/hosts
     slurmctld -c -i >>"$dir/slurmctld.log" 2>&1 || fail "$(tail -3 "$dir/slurmctld.log")"
     for ((i = 1; i <= nodes; i++)); do
         slurmd -N "fake$i" >>"$dir/slurmd-fake$i.log" 2>&1 || fail "$(tail -3 "$dir/slurmd-fake$i.log")"
@@ -155,7 +155,7 @@ stop() { # FOLDER
     fi
     end_daemons "$dir"/slurmd-*.pid "$dir/slurmctld.pid"
     end_daemons "$dir/munged.pid"
-    forget_names
+    forget_names "$dir"
     rm -rf "$dir"
 }
 
