@@ -13,21 +13,32 @@ was lost; else the code of the error it prints in one line (errors.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from metaseq_api import __version__, log, settings
-from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, ResourceError, SettingsError, TokenizerError
+from metaseq_api.errors import (
+    CheckpointNotFound,
+    MetaseqApiError,
+    RankFailed,
+    ResourceError,
+    SettingsError,
+    TokenizerError,
+)
 from metaseq_api.launch import child, rendezvous, supervisor, terms
 from metaseq_api.launch.meeting import address_of
 from metaseq_api.settings import Settings
 
+ENV_NOTIFY = "METASEQ_API_NOTIFY_PID"
+"""The batch script's process, which is on rank 0's node and has SIGUSR2 where a rank or a node was lost."""
 RANKS_PER_CORE = 4
 """CPU ranks beyond this do nothing but wait for each other, from the first import on."""
 
@@ -126,6 +137,10 @@ def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
 
 def _tell(error: MetaseqApiError) -> None:
     print(f"metaseq-api-local: error: {error}", file=sys.stderr)
+    batch = os.environ.get(ENV_NOTIFY, "")
+    if error.exit_code == RankFailed.exit_code and batch.isdecimal() and os.environ.get("SLURM_NODEID") == "0":
+        with contextlib.suppress(OSError):  # it has ended before
+            os.kill(int(batch), signal.SIGUSR2)
 
 
 def _check_files(chosen: Settings) -> None:

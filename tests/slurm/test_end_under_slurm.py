@@ -174,7 +174,6 @@ def test_a_node_that_dies_is_named_and_with_requeue_the_service_is_back_once_the
     until(lambda: "queued again (restart 1 of 5)" in job.text, f"the requeue: {job.text}", 90)
     job.run("scontrol", "update", "nodename=fake2", "state=down", "reason=test")
     subprocess.run(["slurmd", "-N", "fake2"], env=job.env, check=True, timeout=20)
-    job.run("scontrol", "update", "nodename=fake2", "state=resume")
     job.wait_ready(2)
     assert job.ask() == "answered"
 
