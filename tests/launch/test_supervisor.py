@@ -56,7 +56,9 @@ def test_only_rank_0_inherits_the_socket_and_the_port_is_free_afterwards(tmp_pat
             socket.create_connection(("127.0.0.1", ports[0]), timeout=5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name
+)
 @pytest.mark.parametrize("whole_group", [False, True], ids=["parent", "group"])
 def test_one_signal_ends_everything_with_exit_code_0(tmp_path: Path, signum: signal.Signals, whole_group: bool) -> None:
     with family(supervise(), tmp_path) as f:

@@ -80,7 +80,10 @@ def drain(here: Path, signum: int) -> None:
     """What rank 0 does on SIGTERM: answer with the others' help, then end."""
     follower = json.loads((here / "rank1.json").read_text())["pid"]
     alive = Path(f"/proc/{follower}/stat").read_text().split()[2] != "Z"
-    (here / "drained").write_text(f"{signal.Signals(signum).name} {'with rank 1' if alive else 'alone'}")
+    part = here / "drained.part"
+    part.write_text(f"{signal.Signals(signum).name} {'with rank 1' if alive else 'alone'}")
+    part.rename(here / "drained")
+    os.kill(follower, signal.SIGKILL)  # its dismissal
     os._exit(0)
 
 
