@@ -32,6 +32,11 @@ CACHE_SIZE = 0
 CACHE_LIST_SIZE = 0
 """How many different answers of a request that draws at random are kept, before one of these is given. 0: none."""
 
+GRACE_S = None
+"""Seconds that running requests have at most when the service ends. None: what SLURM leaves, elsewhere 30."""
+INTERFACE = None
+"""Network between the nodes of one service, e.g. "ib0". None: the one that SLURM's name of the node leads to."""
+
 METASEQ_COMPAT = False
 """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
 

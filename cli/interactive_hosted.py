@@ -13,19 +13,32 @@ was lost; else the code of the error it prints in one line (errors.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from metaseq_api import __version__, log, settings
-from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, ResourceError, SettingsError, TokenizerError
-from metaseq_api.launch import child, rendezvous, supervisor
+from metaseq_api.errors import (
+    CheckpointNotFound,
+    MetaseqApiError,
+    RankFailed,
+    ResourceError,
+    SettingsError,
+    TokenizerError,
+)
+from metaseq_api.launch import child, rendezvous, supervisor, terms
+from metaseq_api.launch.meeting import address_of
 from metaseq_api.settings import Settings
 
+ENV_NOTIFY = "METASEQ_API_NOTIFY_PID"
+"""The batch script's process, which is on rank 0's node and has SIGUSR2 where a rank or a node was lost."""
 RANKS_PER_CORE = 4
 """CPU ranks beyond this do nothing but wait for each other, from the first import on."""
 
@@ -60,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and completion (default: the model's window)")
     add("--max-batch-tokens", type=int, metavar="N", help="tokens fed in one step (default: 2048)")
     add("--threads", type=int, metavar="N", help="CPU threads of one rank (default: an even share of the cores)")
+    add(
+        "--grace",
+        dest="grace_s",
+        type=float,
+        metavar="S",
+        help="seconds running requests have when it ends (default: what SLURM leaves, else 30)",
+    )
+    add("--interface", metavar="NAME", help="network between nodes, e.g. ib0 (default: that of the node's name)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", default=None, help="compute every prompt whole")
     add("--cache-size", type=int, metavar="N", help="answers kept for requests that are asked again (default: 0, none)")
     add("--cache-list-size", type=int, metavar="N", help="of a request that draws at random, answers kept (default: 0)")
@@ -105,19 +126,27 @@ def main(argv: Sequence[str] | None = None, *, host_module: str = supervisor.HOS
 
 def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
     _check_files(chosen)
-    placement = rendezvous.detect(os.environ)
+    placement, job = rendezvous.detect(os.environ), rendezvous.job_of(os.environ)
     num_ranks = _num_ranks(chosen, placement, rendezvous.visible_gpus(os.environ))
-    chosen = dataclasses.replace(chosen, model_parallel=num_ranks, job=rendezvous.job_id(os.environ))
+    chosen = dataclasses.replace(chosen, model_parallel=num_ranks, job=None if job is None else job.job_id)
     # before anything is started: a port in use is said at once, and nothing has to be undone
     sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
     if sock is not None:
         chosen = _secure(chosen, sock)
+    if chosen.interface is not None:
+        address_of(chosen.interface)  # or refused by name, now
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, chosen.interface)
+    known = terms.ask(job, chosen.grace_s)
+    if job is not None and job.restarts and placement.has_rank_0:
+        logging.getLogger(__name__).info("job %s was started again by SLURM, time %d", job.job_id, job.restarts)
     if placement.rank is not None:
         log.setup(placement.rank.rank, verbose=verbose)
-        agent = os.getppid() if placement.under_agent else None
-        child.rank_setup(placement.rank.rank, parent_pid=agent, grace_s=supervisor.GRACE_S)
-        child.be(host_module, chosen, placement.rank, sock, _tell)
-    return supervisor.supervise(placement, num_ranks, chosen, sock=sock, module=host_module, verbose=verbose)
+        child.child_setup(placement.rank.rank, os.getppid() if placement.under_agent else None)
+        child.be(host_module, chosen, placement.rank, sock, known, _tell)
+    return supervisor.supervise(
+        placement, num_ranks, chosen, terms=known, sock=sock, module=host_module, verbose=verbose
+    )
 
 
 def _secure(chosen: Settings, sock: socket.socket) -> Settings:
@@ -136,6 +165,10 @@ def _secure(chosen: Settings, sock: socket.socket) -> Settings:
 
 def _tell(error: MetaseqApiError) -> None:
     print(f"metaseq-api-local: error: {error}", file=sys.stderr)
+    batch = os.environ.get(ENV_NOTIFY, "")
+    if error.exit_code == RankFailed.exit_code and batch.isdecimal() and os.environ.get("SLURM_NODEID") == "0":
+        with contextlib.suppress(OSError):  # it has ended before
+            os.kill(int(batch), signal.SIGUSR2)
 
 
 def _check_files(chosen: Settings) -> None:

@@ -7,11 +7,13 @@ The one library module that knows all the others: it puts them together and hold
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
-import signal
+import os
+import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +31,20 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
+from metaseq_api.launch.child import ignore_stops
+from metaseq_api.launch.countdown import Countdown, Hooks
+from metaseq_api.launch.drain import Drain
+from metaseq_api.launch.meeting import resolved
+from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.recorder import Recorder, recorded
 from metaseq_api.launch.rendezvous import RankInfo, device_index
+from metaseq_api.launch.signals import heard
+from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
 from metaseq_api.parallel.context import ParallelContext, join, leave
+from metaseq_api.parallel.roll import Peer, break_off, missing, sign_in
 from metaseq_api.progress import progress_bar
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
@@ -43,9 +53,8 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 2.0
-"""Units: seconds that running requests have once the service is told to end."""
 LOAD_TIMEOUT_S = 3600.0
+_SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,42 +71,52 @@ class Prepared:
     threads: int
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> int:
+def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms) -> int:
     """Be one rank until the service ends; the exit code. `sock` is rank 0's listening socket.
 
     Raises: MetaseqApiError, with nothing left half-started.
     """
     with recorded(settings, rank, sock) as recorder:
-        return _be_rank(settings, rank, sock, recorder)
+        return _be_rank(settings, rank, sock, terms, recorder)
 
 
-def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, recorder: Recorder) -> int:
+def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms, recorder: Recorder) -> int:
     ready = prepare(settings, rank)
     torch.set_num_threads(ready.threads)
-    context = join(
-        rank=rank.rank,
-        world_size=rank.world_size,
-        init=rank.init,
-        device=ready.device,
-        timeout_s=settings.timeout_s,
-    )
-    with explained(rank, ready.device):
+    with resolved(rank.init, rank.rank, settings.interface) as (init, listen_fd):
+        context = join(
+            rank=rank.rank,
+            world_size=rank.world_size,
+            init=init,
+            device=ready.device,
+            timeout_s=settings.timeout_s,
+            listen_fd=listen_fd,
+        )
+    peers = sign_in(context, rank.node, os.getpid())
+    with explained(rank, ready.device, context, peers):
         worker = load(ready, context, settings, recorder)
         channel = Channel(context)
+        if not context.is_driver:
+            ignore_stops()
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
         if not context.is_driver:
             follow(worker, channel)
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock, recorder)
+            code = serve(settings, ready, worker, channel, sock, terms, recorder)
     leave(context)
     return code
 
 
 @contextlib.contextmanager
-def explained(rank: RankInfo, device: torch.device) -> Iterator[None]:
-    """Tell what torch raises in the words of `errors`. Raises: MemoryTooSmall, RankFailed."""
+def explained(
+    rank: RankInfo, device: torch.device, context: ParallelContext | None = None, peers: Sequence[Peer] = ()
+) -> Iterator[None]:
+    """Tell what torch raises in the words of `errors`; with a context, which rank was lost.
+
+    Raises: MemoryTooSmall, RankFailed.
+    """
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -106,8 +125,7 @@ def explained(rank: RankInfo, device: torch.device) -> Iterator[None]:
             "split the model further (--model-parallel), or take a smaller --max-batch-tokens"
         ) from e
     except RuntimeError as e:  # what torch.distributed raises where a peer is lost
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}") from e
+        raise _explain(e, rank, context, list(peers)) from e
 
 
 def prepare(settings: Settings, rank: RankInfo) -> Prepared:
@@ -167,36 +185,63 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings, recorder
 
 
 def serve(
-    settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket, recorder: Recorder
+    settings: Settings,
+    ready: Prepared,
+    worker: Worker,
+    channel: Channel,
+    sock: socket.socket,
+    terms: Terms,
+    recorder: Recorder,
+    hooks: Hooks | None = None,
 ) -> int:
-    """Rank 0: answer requests until told to end; the exit code. Raises: RankFailed when the engine ended by itself."""
+    """Rank 0: answer requests until told to end; the exit code.
+
+    Raises: RankFailed, or the RuntimeError that says how, when the engine ended by itself.
+    """
     # only rank 0 needs these: a follower, and a machine without flask, never import them
     from metaseq_api.server.app import create_app
     from metaseq_api.server.run import Server
 
     engine = make_engine(settings, ready, worker, channel)
     server = Server(create_app(engine, settings), sock)
-
-    def end() -> None:
-        recorder.draining()
-        log.info("ending: running requests have %.0f s", GRACE_S)
-        stopper = threading.Thread(target=server.stop, args=(GRACE_S,))
-        stopper.start()
-        engine.stop(GRACE_S)
-        stopper.join()
-
-    ending = threading.Thread(target=end, name="end")
-    # a thread, since a handler must not wait for what the thread it interrupts may hold
-    signal.signal(signal.SIGTERM, lambda *_: ending.start() if ending.ident is None else None)
-    server.start()
-    recorder.ready()
-    print_banner(settings, ready, worker, sock)
-    engine.run()
-    if engine.wait_failed(0):
-        server.stop(0)
-        raise RankFailed("the engine failed; its stack is in the log above")
-    ending.join()
+    with heard() as signals:
+        drain = Drain(engine, server, Deadline(terms), signals, recorder.draining)
+        drain.start()
+        server.start()
+        recorder.ready()
+        print_banner(settings, ready, worker, sock)
+        countdown = Countdown(hooks or Hooks(), server.url, terms.end_time)
+        countdown.start()
+        engine.run()
+        countdown.stop()
+        signals.wake()
+        if engine.failure is not None:
+            threading.Thread(target=server.stop, args=(0,), daemon=True).start()  # while the others are asked for
+            if isinstance(engine.failure, RuntimeError):
+                raise engine.failure
+            raise RankFailed("the engine failed; its stack is in the log above")
+        drain.join()
     return 0
+
+
+def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext | None, peers: list[Peer]) -> RankFailed:
+    """Which rank was lost, where that is why this one cannot go on; its stack, and this one's, are in the log then."""
+    reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+    reason = re.sub(r"^\[[^]]*\] ", "", reason)  # the line of gloo's source
+    if context is None or context.tensor_size == 1 or not _SPEAKS_OF_A_PEER.search(str(error)):
+        return RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}")
+    ignore_stops()  # what follows takes seconds, within which torchrun or srun may end whoever is left
+    faulthandler.dump_traceback(all_threads=False)
+    break_off()
+    lost = missing(context, peers)
+    if not lost:
+        return RankFailed(f"rank {rank.rank} was cut off, though every rank is there: {reason}")
+    log.error("lost %s: %s", ", ".join(map(str, lost)), reason)
+    here = [p for p in lost if p.node == rank.node]
+    look = state_of if rank.supervised else show_stack_and_kill
+    states = {p: f"it was {look(p.pid)}" for p in here}
+    says = "; ".join(f"lost {p}: {states.get(p, 'it does not answer, and cannot show its stack')}" for p in lost)
+    return RankFailed(f"{says} ({reason})")
 
 
 def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 import threading
 
@@ -24,6 +25,7 @@ from metaseq_api.errors import EngineStopped, MetaseqApiError, RankFailed, Setti
 from metaseq_api.launch.followers import Followers, meeting_place
 from metaseq_api.launch.rendezvous import Placement
 from metaseq_api.parallel.context import join, leave
+from metaseq_api.parallel.roll import sign_in
 from metaseq_api.settings import Settings
 
 END_S = 20.0
@@ -128,6 +130,7 @@ class Resident:
                     check=followers.check,
                 )
                 stack.callback(leave, context)
+                sign_in(context, ranks[0].node, os.getpid())
                 worker = host.load(ready, context, self._settings)
                 context.wait_for_all("loaded", timeout_s=host.LOAD_TIMEOUT_S, check=followers.check)
                 return host.make_engine(self._settings, ready, worker, Channel(context))

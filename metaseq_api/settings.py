@@ -64,6 +64,10 @@ class Settings:
     """CPU threads of one rank; None: the cores divided by the ranks of this machine."""
     timeout_s: float = 30.0
     """Units: seconds without a sign of life after which a rank counts as lost."""
+    grace_s: float | None = None
+    """Units: seconds that running requests have at most when the service ends; None: what SLURM leaves, else 30."""
+    interface: str | None = None
+    """Network interface by which ranks of several nodes reach each other; None: that of SLURM's name of the node."""
     metaseq_compat: bool = False
     """Whether /completions takes and answers as metaseq did, quirks included (docs/fields.md)."""
     keys_file: Path | None = None
@@ -117,6 +121,8 @@ _NAMES: dict[str, str] = {
     "MAX_QUEUE": "max_queue",
     "THREADS": "threads",
     "TIMEOUT_S": "timeout_s",
+    "GRACE_S": "grace_s",
+    "INTERFACE": "interface",
     "METASEQ_COMPAT": "metaseq_compat",
     "KEYS_FILE": "keys_file",
     "API_KEY_FILE": "api_key_file",
@@ -126,6 +132,8 @@ _NAMES: dict[str, str] = {
     "REQUEST_TIMEOUT_S": "request_timeout_s",
     "CHAT_TEMPLATE": "chat_template",
 }
+# flags that are not called after their field
+_FLAGS = {"grace_s": "--grace"}
 # names an old constants.py may still hold; what they said is decided elsewhere now
 _RETIRED: dict[str, str] = {
     "TOTAL_WORLD_SIZE": "checked against MODEL_PARALLEL",
@@ -174,10 +182,13 @@ def _text(v: Any) -> str:
     return v
 
 
-def _seconds(v: Any) -> float:
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 1 <= v <= 86400:
-        raise TypeError("seconds from 1 to 86400")
-    return float(v)
+def _seconds(low: int) -> Callable[[Any], float]:
+    def check(v: Any) -> float:
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= 86400:
+            raise TypeError(f"seconds from {low} to 86400")
+        return float(v)
+
+    return check
 
 
 def _origins(v: Any) -> str:
@@ -208,7 +219,9 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "cache_list_size": _int(0, 1 << 10),
     "max_queue": _int(1, 1 << 20),
     "threads": _int(1, 1024),
-    "timeout_s": _seconds,
+    "timeout_s": _seconds(1),
+    "grace_s": _seconds(0),
+    "interface": _text,
     "metaseq_compat": _bool,
     "keys_file": _path,
     "api_key_file": _path,
@@ -307,7 +320,7 @@ def load(
         values, remarks = read_constants(path)
     for field, value in flags.items():
         if value is not None:
-            values[field] = _checked(field, value, f"--{field.replace('_', '-')}")
+            values[field] = _checked(field, value, _FLAGS.get(field, f"--{field.replace('_', '-')}"))
     values["api_key"] = api_key()
     values["demo"] = "checkpoint" not in values
     chosen = dataclasses.replace(Settings(), **values)

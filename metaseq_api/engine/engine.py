@@ -80,7 +80,8 @@ class Engine:
         self._stop_at: float | None = None
         self._pulse = Pulse(channel, self.stats, heartbeat_s)
         self._ended = threading.Event()
-        self._failed = False
+        self.failure: Exception | None = None
+        """What ended it, where nobody told it to."""
 
     # ---- what other threads call ----
 
@@ -150,15 +151,29 @@ class Engine:
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Take no more requests, give running ones `grace_s` seconds, then end the rest and the other ranks' loops."""
+        self.end_by(time.monotonic() + grace_s)
+        self._ended.wait(grace_s + 10.0)
+
+    def end_by(self, deadline: float) -> int:
+        """The same without waiting; a later call can only shorten. How many sequences are in work or wait.
+
+        Units: seconds of the monotonic clock. Any thread, also while a step is held up.
+        """
         with self._lock:
             self._stopped = self._stopped or "the server is shutting down; ask again elsewhere or later"
-            self._stop_at = time.monotonic() + grace_s
+            self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
+            num_queued = self._num_queued
         self._inbox.put((_WAKE, "wake"))
-        self._ended.wait(grace_s + 10.0)
+        return num_queued
+
+    @property
+    def ended(self) -> bool:
+        """Whether every request has been answered and no more will be."""
+        return self._ended.is_set()
 
     def wait_failed(self, timeout: float | None = None) -> bool:
         """Wait for the engine's end; whether it was a failure. Units: seconds."""
-        return self._ended.wait(timeout) and self._failed
+        return self._ended.wait(timeout) and self.failure is not None
 
     # ---- the batching thread ----
 
@@ -169,9 +184,9 @@ class Engine:
             while self._stop_at is None or (self._num_queued and time.monotonic() < self._stop_at):
                 self.turn()
             self._channel.send_stop()
-        except Exception:
+        except Exception as e:
             log.exception("the engine failed")
-            self._failed = True
+            self.failure = e
             self._stopped = "the engine failed; the server's log says why"
         finally:
             with self._lock:

@@ -2,10 +2,13 @@
 
     python -m metaseq_api.launch.child MODULE [what to show in a process list]
 
-reads its Order from standard input and calls `MODULE.run_rank(settings, rank_info, sock) -> exit code`, whose module is
-imported only after the process is tied to its parent. In a child of the supervisor SIGINT and SIGHUP do nothing (Ctrl-C
-is the supervisor's to act on) and SIGTERM ends the process at once; rank 0 may install a handler that ends its requests
-first, and must bear to receive SIGTERM twice.
+reads its Order from standard input and calls `MODULE.run_rank(settings, rank_info, sock, terms) -> exit code`, whose
+module is imported only after the process is tied to its parent.
+
+Signals: while it starts and loads, a stop signal ends a rank at once. From then on rank 0 hears them (`signals`), and
+the others leave them to it (`ignore_stops`): SLURM sends them to every process of a step, and requests can
+only be ended with every rank's help. Ctrl-C in a terminal reaches the whole family, so followers never act on it.
+SIGQUIT writes the stack of the main thread to the log and does nothing else.
 
 Knows signals and the Order. Does not know what a rank does, nor torch.
 """
@@ -14,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -28,18 +31,31 @@ from metaseq_api import log
 from metaseq_api.errors import MetaseqApiError, SettingsError
 from metaseq_api.launch.order import Order, write_last_words
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.launch.signals import STOPS
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 _PR_SET_PDEATHSIG = 1
 
 
-def child_setup(parent_pid: int) -> None:
-    """Tie this process to its parent, even one that is killed with SIGKILL, and leave Ctrl-C to it."""
-    die_with_parent(parent_pid)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once, also inside a collective that Python cannot interrupt
-    for signum in (signal.SIGINT, signal.SIGHUP):  # from a terminal they reach the whole family
-        signal.signal(signum, signal.SIG_IGN)
+def child_setup(rank: int, parent_pid: int | None) -> None:
+    """The manners of a rank; `parent_pid` is who takes it along, if anybody: a supervisor, torchrun's agent."""
+    if parent_pid is not None:
+        die_with_parent(parent_pid)
+    # rank 0 has more threads than are ever shown, and its main one, which computes, would come last
+    faulthandler.register(signal.SIGQUIT, all_threads=rank != 0)
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_DFL)  # at once, also inside a collective that Python cannot interrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL if rank == 0 else signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL if rank == 0 and parent_pid is None else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def ignore_stops() -> None:
+    """For a follower that has loaded: rank 0 dismisses it, or is lost, which the next collective tells."""
+    for signum in STOPS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -47,29 +63,6 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it was gone before the line above took hold
         os._exit(1)
-
-
-def rank_setup(rank: int, *, parent_pid: int | None, grace_s: float) -> None:
-    """The manners of a rank that srun or torchrun started, where no supervisor of ours stands above it.
-
-    Every rank gets SIGTERM at once there. A follower outlives it by `grace_s`, so that rank 0 can still answer with it;
-    in rank 0 SIGINT means what SIGTERM means, which is its caller's to handle.
-    """
-    if parent_pid is not None:
-        die_with_parent(parent_pid)
-    if rank == 0:
-        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # a thread that waits for the signal, since a Python handler would not run while a collective blocks this one
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def follow() -> None:
-        signal.sigwait({signal.SIGTERM})
-        threading.Event().wait(grace_s)
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=follow, name="sigterm", daemon=True).start()
 
 
 def inherit() -> Order:
@@ -81,16 +74,21 @@ def inherit() -> Order:
         order = Order.from_json("" if sys.stdin.isatty() else sys.stdin.read())
     except (ValueError, KeyError, TypeError):
         raise SettingsError("this module is started by metaseq-api-local, not by hand") from None
-    child_setup(order.parent_pid)
+    child_setup(order.rank.rank, order.parent_pid)
     return order
 
 
 def be(
-    module: str, settings: Settings, rank: RankInfo, sock: socket.socket | None, tell: Callable[[MetaseqApiError], None]
+    module: str,
+    settings: Settings,
+    rank: RankInfo,
+    sock: socket.socket | None,
+    terms: Terms,
+    tell: Callable[[MetaseqApiError], None],
 ) -> NoReturn:
     """Be this rank until it ends, and the process with it; `tell` gets the error that the user can act on."""
     try:
-        code = int(importlib.import_module(module).run_rank(settings, rank, sock))
+        code = int(importlib.import_module(module).run_rank(settings, rank, sock, terms))
     except MetaseqApiError as e:
         tell(e)
         code = e.exit_code
@@ -122,7 +120,7 @@ def main() -> NoReturn:
         except OSError:  # a full disk
             sys.stderr.write(f"rank {order.rank.rank}: {error}\n")
 
-    be(sys.argv[1], order.settings, order.rank, sock, tell)
+    be(sys.argv[1], order.settings, order.rank, sock, order.terms, tell)
 
 
 if __name__ == "__main__":

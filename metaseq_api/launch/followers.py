@@ -18,6 +18,7 @@ from metaseq_api.errors import MetaseqApiError, RankFailed
 from metaseq_api.launch.order import Order
 from metaseq_api.launch.ranks import HOST_MODULE, SETTLE_S, TERM_S, Child, kill, start, unnamed_file, verdict, weight
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 PARTING_S = 3.0
@@ -48,6 +49,7 @@ class Followers:
                 order = Order(
                     settings=settings,
                     rank=rank,
+                    terms=Terms(),
                     listen_fd=None,
                     words_fd=unnamed_file(self._files),
                     parent_pid=os.getpid(),

@@ -15,6 +15,7 @@ from typing import Any
 
 from metaseq_api.errors import MetaseqApiError
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 
@@ -24,6 +25,7 @@ class Order:
 
     settings: Settings
     rank: RankInfo
+    terms: Terms
     listen_fd: int | None
     """The listening socket, inherited; rank 0 alone has one."""
     words_fd: int
@@ -33,12 +35,15 @@ class Order:
 
     def to_json(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps(fields | {"settings": settings_to_dict(self.settings), "rank": dataclasses.asdict(self.rank)})
+        fields["settings"] = settings_to_dict(self.settings)
+        fields["rank"], fields["terms"] = dataclasses.asdict(self.rank), dataclasses.asdict(self.terms)
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Order:
         fields = json.loads(text)
-        fields |= {"settings": settings_from_dict(fields["settings"]), "rank": RankInfo(**fields["rank"])}
+        fields["settings"] = settings_from_dict(fields["settings"])
+        fields["rank"], fields["terms"] = RankInfo(**fields["rank"]), Terms(**fields["terms"])
         return cls(**fields)
 
 

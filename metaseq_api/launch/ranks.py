@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from metaseq_api import errors
 from metaseq_api.errors import MetaseqApiError, RankFailed, ResourceError
 from metaseq_api.launch.order import Order, read_last_words
+from metaseq_api.launch.post_mortem import is_held
 from metaseq_api.launch.rendezvous import RankInfo
 
 HOST_MODULE = "metaseq_api.host"
@@ -57,6 +58,11 @@ class Child:
             name = f"signal {-code}"
         out_of_memory = " (by hand, or by the kernel or SLURM for want of memory)" if name == "SIGKILL" else ""
         return f"was killed by {name}{out_of_memory}"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP, or a debugger, holds it."""
+        return is_held(self.process.pid)
 
     def send(self, signum: int) -> None:
         if self.alive:

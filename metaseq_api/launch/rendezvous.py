@@ -11,6 +11,7 @@ Knows names and numbers. Does not know torch, processes or the model; opens no s
     file:///proc/self/fd/N   ranks of one supervisor, which inherited that file from it: no port, no name
     tcp://address:port       rank 0 listens there, the others come
     agent://address:port     torchrun's agent listens there already: every rank comes, none listens
+    step://node/name         rank 0's doorman on that node tells the port to whoever names the step (`meeting`)
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from metaseq_api.errors import ResourceError, SettingsError
 
 # SLURM numbers its own steps from 0xfffffffa up: interactive (salloc), batch script, extern, pending
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA
-_PORTS = range(20000, 60000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,19 @@ class RankInfo:
     node: str
     """The machine's name as SLURM calls it, else the host name; for messages."""
     init: str
+    supervised: bool = False
+    """Whether a supervisor of ours started it, who looks after it; not srun or torchrun."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The SLURM job that this process is part of."""
+
+    job_id: str
+    restarts: int = 0
+    """How often SLURM has started it again: after `scontrol requeue`, preemption, or a node's failure."""
+    end_time: float | None = None
+    """Units: seconds of the epoch; None where SLURM's environment does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,7 @@ class Placement:
                 local_world_size=each,
                 node=self.node,
                 init=self.meet or store,
+                supervised=True,
             )
             for i in range(each)
         ]
@@ -98,9 +112,17 @@ def detect(environ: Mapping[str, str]) -> Placement:
     return Placement(kind="alone", node=node)
 
 
-def job_id(environ: Mapping[str, str]) -> str | None:
-    """The SLURM job this process is in, if it is in one."""
-    return environ.get("SLURM_JOB_ID") or None
+def job_of(environ: Mapping[str, str]) -> Job | None:
+    """The job this process is in, be it in a step, a batch script or an salloc shell; None outside SLURM."""
+    job_id = environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return None
+    restarts, end = environ.get("SLURM_RESTART_COUNT", ""), environ.get("SLURM_JOB_END_TIME", "")
+    return Job(
+        job_id=job_id,
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+        end_time=float(end) if end.isdecimal() else None,
+    )
 
 
 def _is_slurm_task(environ: Mapping[str, str]) -> bool:
@@ -132,7 +154,7 @@ def _under_slurm(environ: Mapping[str, str], node: str) -> Placement:
     num_tasks = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     num_nodes = _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     node_rank = _number(environ, "SLURM_NODEID")
-    meet = _address("tcp", _first_node(environ, num_nodes), _port(environ))
+    meet = _meeting(environ, num_nodes)
     if num_tasks == num_nodes:
         return Placement(
             kind="node",
@@ -144,10 +166,12 @@ def _under_slurm(environ: Mapping[str, str], node: str) -> Placement:
     tasks = expand_tasks(_text(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     if node_rank >= len(tasks):
         raise SettingsError(f"SLURM_NODEID is {node_rank}, but SLURM names tasks on {len(tasks)} nodes only: {tasks}")
+    local_rank = _number(environ, "SLURM_LOCALID")
     info = RankInfo(
-        rank=_number(environ, "SLURM_PROCID"),
+        # not SLURM_PROCID, which --distribution=cyclic deals out over the nodes: neighbours are to share one
+        rank=sum(tasks[:node_rank]) + local_rank,
         world_size=num_tasks,
-        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_rank=local_rank,
         local_world_size=tasks[node_rank],
         node=node,
         init=meet,
@@ -163,12 +187,14 @@ def _first_node(environ: Mapping[str, str], num_nodes: int) -> str:
     return expand_nodes(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))[0]
 
 
-def _port(environ: Mapping[str, str]) -> int:
-    """$MASTER_PORT, else one that every task of a step derives alike and two jobs of a node rarely share."""
+def _meeting(environ: Mapping[str, str], num_nodes: int) -> str:
+    """$MASTER_PORT where it is set; else the step's name, by which rank 0's doorman is found."""
+    node = _first_node(environ, num_nodes)
     if environ.get("MASTER_PORT"):
-        return _master_port(environ)
-    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
-    return _PORTS[(job * 16 + step) % len(_PORTS)]
+        return _address("tcp", node, _master_port(environ))
+    job = job_of(environ)
+    name = f"{_number(environ, 'SLURM_JOB_ID')}.{_number(environ, 'SLURM_STEP_ID')}.{job.restarts if job else 0}"
+    return f"step://{node}/{name}"
 
 
 def _master_port(environ: Mapping[str, str]) -> int:

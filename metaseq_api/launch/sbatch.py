@@ -67,10 +67,34 @@ _TEMPLATE = """\
 # Written by metaseq-api-slurm submit. The service tells how it is in {registry}: metaseq-api-slurm status {name}
 {setup}export PYTHONSAFEPATH=1 # a folder named metaseq_api in the working directory must not be taken for the package
 export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}} # srun has not taken this over by itself since SLURM 22.05
-{key}# exec: SIGTERM reaches the tasks and not a shell above them; -K: one lost node ends the job
-exec srun --kill-on-bad-exit=1 --unbuffered --ntasks-per-node=1 \\
-    {command}
+{key}
 """
+TAIL = r"""ending=
+trap 'ending=1' TERM # scancel, preemption: slurmd tells every task itself
+lost=
+export METASEQ_API_NOTIFY_PID=$$ # srun waits minutes for the tasks of a dead node: rank 0 tells this shell itself
+trap 'lost=1' USR2
+trap 'ending=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # --signal=B: reaches this shell alone; this the tasks
+
+# -K: one lost node ends the job
+srun --kill-on-bad-exit=1 --unbuffered --ntasks-per-node=1 \
+    COMMAND &
+step=$!
+until wait "$step"; code=$?; [ "$lost" ] || [ "$code" -le 128 ] || ! kill -0 "$step" 2>/dev/null; do :; done # or a trap
+[ -z "$lost" ] || code=20
+
+case $code in
+20 | 13[0-9] | 14[0-9]) # a rank or node was lost; srun may say by which signal its last tasks ended
+    if [ -z "$ending" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ] &&
+        scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
+        echo "metaseq-api: exit code $code; queued again (restart $((${SLURM_RESTART_COUNT:-0} + 1)) of 5)" >&2
+        scontrol requeue "$SLURM_JOB_ID" && wait
+    fi
+    ;;
+esac
+exit "$code"
+"""
+"""What follows, the end of slurm/hosted.sbatch: how a service is started, ended, and queued again."""
 _KEY = """\
 METASEQ_API_KEY=$(cat {file}) || exit 2 # in no argument, where ps would show it, and in no log
 export METASEQ_API_KEY
@@ -104,15 +128,17 @@ class Script:
             **({"gpus-per-node": str(self.gpus)} if self.gpus else {}),
             "output": self.output,
             "open-mode": "append",
+            **({} if "no-requeue" in self.options else {"requeue": None}),
+            "signal": "B:USR1@120",
         }
-        return _TEMPLATE.format(
+        head = _TEMPLATE.format(
             options="\n".join(_option(n, v) for n, v in (options | dict(self.options)).items()),
             name=self.name,
             registry=self.registry,
             setup="".join(f"{line}\n" for line in self.setup),
             key="" if self.key_file is None else _KEY.format(file=shlex.quote(self.key_file)),
-            command=" ".join(map(shlex.quote, self.command)),
         )
+        return head + TAIL.replace("COMMAND", " ".join(map(shlex.quote, self.command)))
 
 
 def _option(name: str, value: str | None) -> str:

@@ -84,18 +84,20 @@ def join(
     init: str,
     device: torch.device,
     timeout_s: float,
+    listen_fd: int | None = None,
     check: Callable[[], None] = _trust,
 ) -> ParallelContext:
     """Meet the other ranks at `init` (file:///path, tcp://host:port or agent://host:port) and form the groups.
 
-    `check` is called every second while others are waited for; what it raises ends the waiting. It is for a rank that
-    nobody would kill if another is lost.
+    `listen_fd` is a listening socket on that port for rank 0, which has it from then on. `check` is called every second
+    while others are waited for; what it raises ends the waiting. It is for a rank that nobody would kill if another is
+    lost.
     Units: timeout_s seconds, after which a collective gives a lost rank up.
     """
     if world_size == 1:
         return ParallelContext(device=device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = _store(init, rank, world_size)
+    store = _store(init, rank, world_size, listen_fd)
     # gloo's own patience is timeout_s, and ranks may start minutes apart
     _wait(store, "here", rank, world_size, PATIENCE.total_seconds(), check)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -128,12 +130,12 @@ def leave(context: ParallelContext) -> None:
         dist.destroy_process_group()
 
 
-def _store(init: str, rank: int, world_size: int) -> Any:
+def _store(init: str, rank: int, world_size: int, listen_fd: int | None) -> Any:
     if init.startswith("file://"):
         return dist.FileStore(init[len("file://") :], world_size)  # type: ignore[attr-defined]
     scheme, _, address = init.partition("://")
     host, _, port = address.rpartition(":")
     listens = scheme == "tcp" and rank == 0  # behind agent:// torchrun's own agent listens already
     return dist.TCPStore(  # type: ignore[attr-defined]
-        host.strip("[]"), int(port), world_size, is_master=listens, timeout=PATIENCE
+        host.strip("[]"), int(port), world_size, is_master=listens, timeout=PATIENCE, master_listen_fd=listen_fd
     )

@@ -73,6 +73,12 @@ class _Task(WSGITask):  # type: ignore[misc]
         environ[TAKE_OVER] = self._take_over
         return environ
 
+    def build_response_header(self) -> bytes:
+        if self.channel.server.hanging_up:
+            self.set_close_on_finish()
+        head: bytes = super().build_response_header()
+        return head
+
     def _take_over(self, stream: Stream) -> None:
         self.stream = stream
 
@@ -89,11 +95,17 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection. The server it belongs to has `wake`, by which the thread of all sockets calls `handle_write`."""
+    """One connection.
+
+    The server it belongs to has `wake`, by which the thread of all sockets calls `handle_write`, and `hanging_up`:
+    whether an answer is to end its connection.
+    """
 
     task_class = _Task
     error_task_class = _JsonErrorTask
     requests: list[Any]
+    served = False
+    """Whether it ever brought a request."""
     _stream: Stream | None = None
     _chunked = False
     _largest = 0
@@ -102,6 +114,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # what the thread of a request calls
 
     def service(self) -> None:
+        self.served = True
         with contextlib.suppress(_TakenOver):
             super().service()
 

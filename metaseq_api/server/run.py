@@ -11,6 +11,7 @@ import contextlib
 import errno
 import ipaddress
 import resource
+import select
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from waitress.server import create_server
 from metaseq_api.errors import PortInUse, SettingsError
 from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
+from metaseq_api.server.doorway import keep_out
 
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
@@ -30,6 +32,8 @@ IDLE_S = 120
 """Units: seconds after which a connection without a running request is closed."""
 LAST_WORDS_S = 1.0
 """Units: seconds that requests given up at the end of the grace get to say so."""
+FRESH_S = 1.0
+"""Units: seconds that those let in last get to send their request, which is then answered like any other."""
 _TICK_S = 0.05
 
 
@@ -114,6 +118,7 @@ class Server:
             raise _explain(e, host, port) from None
         self._waitress.channel_class = Channel
         self._waitress.wake = self._wake
+        self._waitress.hanging_up = False
         self._ready: deque[Channel] = deque()
         self._awake = False
         self._trigger_lock = threading.RLock()  # a signal handler may stop the thread that holds it
@@ -145,9 +150,14 @@ class Server:
         finally:
             self._close()
 
+    def hang_up(self) -> None:
+        """Go on as before, but have every answer end its connection: whoever asks again comes by a new one."""
+        self._waitress.hanging_up = True
+
     def stop(self, grace_s: float = 10.0) -> None:
         """Accept nothing new; end when the running requests have, at most `grace_s` later: those left over get a 503.
 
+        Whoever was let in is answered, if the request comes within FRESH_S; whoever comes later is refused.
         Returns when `run` has ended; at once when called, by a signal handler say, in the thread that runs it.
         A second call can only shorten the first's grace.
         """
@@ -181,26 +191,44 @@ class Server:
                 self._waitress.pull_trigger()
 
     def _drain(self) -> None:
+        self.hang_up()
         self._stop_listening()
-        while self._close_idle() and time.monotonic() < (self._stop_at or 0):
+        fresh = time.monotonic() + FRESH_S
+        self._poll(0)  # what has come already is a request, not silence
+        while self._close_idle(fresh) and time.monotonic() < (self._stop_at or 0):
             self._poll(_TICK_S)
         self._closing.set()
-        last = time.monotonic() + LAST_WORDS_S
-        while self._close_idle() and time.monotonic() < last:
+        last = max(time.monotonic() + LAST_WORDS_S, fresh)
+        while self._close_idle(fresh) and time.monotonic() < last:
             for channel in list(self._waitress.active_channels.values()):
                 channel.give_up()
             self._poll(_TICK_S)
 
     def _stop_listening(self) -> None:
-        """Refuse new connections. The trigger stays: threads need it to send their answers."""
+        """Refuse new connections, none of them half way. The trigger stays: threads need it to send their answers."""
+        if not self._waitress.accepting:
+            return
+        keep_out(self._sock)
+        waiting = select.poll()
+        waiting.register(self._sock, select.POLLIN)
+        for _ in range(2 * CONNECTION_LIMIT):
+            if not waiting.poll(0):
+                break
+            self._waitress.handle_accept()  # the kernel has answered them: closing would break them off
+        self._waitress.accepting = False
         with contextlib.suppress(OSError):  # closed before
             self._sock.shutdown(socket.SHUT_RDWR)  # also where another process holds the socket too
         wasyncore.dispatcher.close(self._waitress)
 
-    def _close_idle(self) -> bool:
-        """Close connections where no request runs and no answer is on its way; whether others are left."""
+    def _close_idle(self, fresh: float) -> bool:
+        """Close connections where no request runs and no answer is on its way; whether others are left.
+
+        One that never brought a request, or has brought half of one, is let be until `fresh`.
+        """
         for channel in list(self._waitress.active_channels.values()):
-            if not channel.requests and not channel.total_outbufs_len:
+            if channel.requests or channel.total_outbufs_len:
+                continue
+            if (channel.served and channel.request is None) or time.monotonic() > fresh:
                 channel.handle_close()
         return bool(self._waitress.active_channels)
 
@@ -209,9 +237,9 @@ class Server:
             return
         try:
             self._closing.set()
+            self._stop_listening()
             for channel in list(self._waitress.active_channels.values()):
                 channel.handle_close()  # its request, if one runs, finds the client gone
-            self._stop_listening()
             self._waitress.task_dispatcher.shutdown(timeout=LAST_WORDS_S)
         finally:
             with self._trigger_lock:

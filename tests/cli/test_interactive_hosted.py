@@ -232,11 +232,11 @@ def test_a_killed_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
 
 
 def test_a_follower_under_torchrun_outlives_sigterm_for_rank_0_to_end_with_it(tmp_path: Path) -> None:
-    with family(torchrun(tmp_path, 2), tmp_path, OMP_NUM_THREADS="1", DUMMY_RANK0="drain") as f:
+    with family(torchrun(tmp_path, 2), tmp_path, OMP_NUM_THREADS="1", DUMMY_RANK0="drain", DUMMY_RANK1="follow") as f:
         f.up(2)
         os.kill(f.parent.pid, signal.SIGTERM)
         until((tmp_path / "drained").exists, "rank 0 to end its requests")
-        assert (tmp_path / "drained").read_text() == "with rank 1"
+        assert (tmp_path / "drained").read_text() == "SIGTERM with rank 1"
         f.end()
         f.assert_nothing_left_running()
 

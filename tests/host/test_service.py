@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 from support.processes import gone, until
 from support.service import DOOR, Service
 
+from metaseq_api.launch.terms import AGAIN_S
 from metaseq_api.settings import DEMO
 
 QUESTION = {"prompt": ["Return the", "Raise ValueError if"], "max_tokens": 24, "temperature": 0}
@@ -92,7 +95,7 @@ def test_any_files_at_any_tensor_parallel_size_give_one_answer(
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_every_process_within_five_seconds(signum: int, busy: bool, start: Start) -> None:
-    service = start("--model-parallel", "2")
+    service = start("--model-parallel", "2", *(["--grace", "2"] if signum == signal.SIGTERM else []))
     if busy:
         service.generate_for_ever()
     began = time.monotonic()
@@ -136,9 +139,77 @@ def test_a_request_that_runs_when_the_end_comes_is_answered(start: Start) -> Non
     client.start()
     until(lambda: service.running, "the request to run")
     service.process.terminate()
-    assert service.end(5) == 0
+    assert service.end(60) == 0
     client.join(10)
     assert answers[0]["usage"]["completion_tokens"] == 300  # type: ignore[index]
+
+
+def test_the_end_refuses_new_requests_at_once_and_lets_running_ones_finish_streams_included(start: Start) -> None:
+    service = start("--model-parallel", "2")
+    ended: list[int] = []
+    longest = {"prompt": [7, 8], "max_tokens": 450, "ignore_eos": True}
+
+    def ask() -> None:
+        ended.append(service.complete(**longest)["usage"]["completion_tokens"])
+
+    def read_stream() -> None:
+        text = service.stream(**longest, stream_options={"include_usage": True})
+        assert text.endswith("data: [DONE]\n\n"), text[-200:]
+        ended.append(json.loads(text.split("data: ")[-2])["usage"]["completion_tokens"])
+
+    clients = [threading.Thread(target=t) for t in (ask, ask, read_stream)]
+    for client in clients:
+        client.start()
+    until(lambda: service.running == 3, "the requests to run")
+    os.killpg(service.process.pid, signal.SIGTERM)  # as SLURM does: every process has it
+    until(lambda: service.status("/health") == 503, "the service to say that it is not ready")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        service.complete(prompt="x", max_tokens=1)
+    assert (refused.value.code, refused.value.headers["Connection"]) == (503, "close")
+    assert int(refused.value.headers["Retry-After"]) > 0
+    refused.value.close()
+    assert service.end(60) == 0
+    for client in clients:
+        client.join(10)
+    assert ended == [450, 450, 450]
+    assert any("3 running sequences have" in line for line in service.lines), service.lines
+
+
+def test_what_still_runs_when_the_grace_is_over_gets_a_clear_error_also_in_a_stream(start: Start) -> None:
+    service = start("--grace", "1")
+    told: list[str] = []
+    longest = {"prompt": [[7, 8]] * 24, "max_tokens": 480, "ignore_eos": True}
+
+    def ask() -> None:
+        try:
+            service.complete(**longest)
+        except urllib.error.HTTPError as e:
+            told.append(f"{e.code} {json.load(e)['error']['code']}")
+
+    def read_stream() -> None:
+        last = service.stream(**longest).split("data: ")[-2]
+        told.append(f"stream {json.loads(last)['error']['code']}")
+
+    clients = [threading.Thread(target=t) for t in (ask, read_stream)]
+    for client in clients:
+        client.start()
+    until(lambda: service.running == 48, "the requests to run")
+    service.process.terminate()
+    assert service.end(10) == 0
+    for client in clients:
+        client.join(10)
+    assert sorted(told) == ["503 engine_stopped", "stream engine_stopped"]
+
+
+def test_a_second_sigterm_shortens_what_the_first_gave(start: Start) -> None:
+    service = start("--grace", "600")
+    service.generate_for_ever()
+    service.process.terminate()
+    until(lambda: service.status("/health") == 503, "the end to begin")
+    again = time.monotonic() + 1.5 * AGAIN_S
+    until(lambda: time.monotonic() > again, "a moment to pass")
+    service.process.terminate()
+    service.end(15)
 
 
 def copy_demo(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from metaseq_api.launch.order import (
     write_last_words,
 )
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 FULL = Settings(checkpoint=Path("a b"), bpe_vocab=Path("v"), bpe_merges=None, host="::1", threads=3, timeout_s=1.5)
@@ -32,7 +33,9 @@ def test_settings_survive_json_with_their_types(settings: Settings) -> None:
 
 def test_an_order_survives_json() -> None:
     rank = RankInfo(rank=1, world_size=2, local_rank=1, local_world_size=2, node="n", init="file:///tmp/x/store")
-    order = Order(settings=FULL, rank=rank, listen_fd=None, words_fd=3, parent_pid=9, verbose=True)
+    order = Order(
+        settings=FULL, rank=rank, terms=Terms(end_time=1.5), listen_fd=None, words_fd=3, parent_pid=9, verbose=True
+    )
     assert Order.from_json(order.to_json()) == order
 
 

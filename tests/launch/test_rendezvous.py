@@ -6,12 +6,14 @@ import pytest
 
 from metaseq_api.errors import ResourceError, SettingsError
 from metaseq_api.launch.rendezvous import (
+    Job,
     Placement,
     RankInfo,
     detect,
     device_index,
     expand_nodes,
     expand_tasks,
+    job_of,
     visible_gpus,
 )
 
@@ -69,7 +71,7 @@ def test_a_task_per_rank_is_that_rank() -> None:
     placement = detect(task(3, 1, 1))
     assert placement.kind == "rank"
     assert placement.rank == RankInfo(
-        rank=3, world_size=4, local_rank=1, local_world_size=2, node="n2", init="tcp://n1:20272"
+        rank=3, world_size=4, local_rank=1, local_world_size=2, node="n2", init="step://n1/17.0.0"
     )
 
 
@@ -80,7 +82,25 @@ def test_all_tasks_of_a_step_meet_at_one_address_and_two_steps_at_two() -> None:
         return rank.init
 
     assert len({init(task(p, p % 2, p // 2)) for p in range(4)}) == 1
-    assert init(task(0, 0, 0)) != init(task(0, 0, 0, SLURM_STEP_ID="1")) != init(task(0, 0, 0, SLURM_JOB_ID="18"))
+    others = [{"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "18"}, {"SLURM_RESTART_COUNT": "1"}]
+    assert len({init(task(0, 0, 0, **more)) for more in ({}, *others)}) == 4
+
+
+def test_neighbours_share_a_node_even_where_slurm_deals_its_tasks_out_in_turns() -> None:
+    dealt = [detect(task(procid, procid // 2, procid % 2)).rank for procid in range(4)]
+    assert [(r.rank, r.local_rank, r.node) for r in dealt if r] == [
+        (0, 0, "n1"),
+        (2, 0, "n2"),
+        (1, 1, "n1"),
+        (3, 1, "n2"),
+    ]
+
+
+def test_the_job_is_read_also_in_a_batch_script_and_is_none_in_a_shell() -> None:
+    assert job_of({}) is None
+    assert job_of(BATCH) == Job(job_id="17")
+    again = job_of(BATCH | {"SLURM_RESTART_COUNT": "2", "SLURM_JOB_END_TIME": "1795186366"})
+    assert again == Job(job_id="17", restarts=2, end_time=1795186366.0)
 
 
 def test_master_addr_and_port_override_what_slurm_says() -> None:
@@ -94,7 +114,7 @@ def test_the_step_counts_where_it_is_smaller_than_the_job() -> None:
     rank = detect(env | {"SLURM_STEP_NODELIST": "n2"}).rank
     assert rank
     assert (rank.rank, rank.world_size, rank.local_world_size) == (1, 2, 2)
-    assert rank.init.startswith("tcp://127.0.0.1:")
+    assert rank.init == "step://127.0.0.1/17.0.0"
 
 
 def test_uneven_tasks_are_counted_per_node() -> None:
@@ -112,7 +132,7 @@ def test_one_task_per_node_starts_the_ranks_of_its_node() -> None:
         (2, 0, 2, 4, "n2"),
         (3, 1, 2, 4, "n2"),
     ]
-    assert {r.init for r in ranks} == {"tcp://n1:20272"}
+    assert {r.init for r in ranks} == {"step://n1/17.0.0"}
 
 
 def test_the_ranks_of_one_node_meet_in_a_file_and_need_no_port() -> None:

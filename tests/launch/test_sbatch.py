@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from metaseq_api.errors import SettingsError
 from metaseq_api.launch import sbatch
 from metaseq_api.launch.plan import lay_out
 from metaseq_api.launch.registry import Registry
-from metaseq_api.launch.sbatch import Script
+from metaseq_api.launch.sbatch import TAIL, Script
 from metaseq_api.launch.service import Order
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -61,14 +60,22 @@ def test_the_golden_scripts_are_good_shell(name: str) -> None:
     subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sbatch")], check=True)
 
 
-def test_the_file_for_use_by_hand_runs_the_same_line() -> None:
-    def essence(text: str) -> list[str]:
-        lines = [line.partition(" #")[0].strip() for line in text.replace("\\\n", "").splitlines()]
-        kept = [line for line in lines if line.startswith(("export", "exec")) and "API_KEY" not in line]
-        return [re.sub(r"\s+", " ", line.partition("interactive_hosted")[0]) for line in kept]
+def test_the_file_for_use_by_hand_starts_and_ends_a_service_in_the_same_way() -> None:
+    by_hand = 'python3 -m metaseq_api.cli.interactive_hosted "$@"'
+    assert BY_HAND.read_text().endswith(TAIL.replace("COMMAND", by_hand))
+    exports = [line for line in BY_HAND.read_text().splitlines() if line.startswith(("export SRUN", "export PYTHON"))]
+    made = (GOLDEN / "two_nodes.sbatch").read_text()
+    assert len(exports) == 2
+    assert all(line.partition(" #")[0] in made for line in exports)
 
-    made = (GOLDEN / "two_nodes.sbatch").read_text().replace("/opt/venv/bin/python", "python3")
-    assert essence(BY_HAND.read_text()) == essence(made)
+
+def test_a_service_that_is_not_to_come_back_is_not_queued_again() -> None:
+    text = order(options={"no-requeue": None, "signal": "B:USR1@600"}).script(Registry(Path("/r"))).render()
+    assert "#SBATCH --no-requeue" in text
+    assert "#SBATCH --requeue" not in text
+    assert [line for line in text.splitlines() if "--signal=B" in line and line.startswith("#")] == [
+        "#SBATCH --signal=B:USR1@600"
+    ]
 
 
 @pytest.mark.parametrize("value", ["a\nb", "a\x00b", "\x7f"])

@@ -16,7 +16,8 @@ from support.processes import TESTS, Family, clean_env, family, until
 
 from metaseq_api.launch.order import Order
 from metaseq_api.launch.rendezvous import RankInfo
-from metaseq_api.launch.supervisor import GRACE_S, TERM_S
+from metaseq_api.launch.supervisor import DISMISS_S, SLACK_S
+from metaseq_api.launch.terms import INTERRUPT_S, Terms
 from metaseq_api.settings import Settings
 
 GRACE = 0.3
@@ -27,7 +28,7 @@ def supervise(num_ranks: int = 2, grace_s: float = GRACE) -> list[str]:
 
 
 def test_one_ctrl_c_takes_less_than_five_seconds_at_worst() -> None:
-    assert GRACE_S + 2 * TERM_S < 5
+    assert INTERRUPT_S + SLACK_S + DISMISS_S < 5
 
 
 def test_every_rank_gets_its_number_the_settings_and_one_private_meeting_place(tmp_path: Path) -> None:
@@ -55,7 +56,9 @@ def test_only_rank_0_inherits_the_socket_and_the_port_is_free_afterwards(tmp_pat
             socket.create_connection(("127.0.0.1", ports[0]), timeout=5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name
+)
 @pytest.mark.parametrize("whole_group", [False, True], ids=["parent", "group"])
 def test_one_signal_ends_everything_with_exit_code_0(tmp_path: Path, signum: signal.Signals, whole_group: bool) -> None:
     with family(supervise(), tmp_path) as f:
@@ -90,7 +93,7 @@ def test_rank_0_ends_its_requests_while_the_others_still_help(tmp_path: Path) ->
         f.up(2)
         os.kill(f.parent.pid, signal.SIGTERM)
         assert f.end()[0] == 0
-        assert (tmp_path / "drained").read_text() == "with rank 1"
+        assert (tmp_path / "drained").read_text() == "SIGTERM with rank 1"
         f.assert_nothing_left()
 
 
@@ -246,7 +249,9 @@ def test_a_rank_started_by_hand_says_who_starts_it() -> None:
 def test_a_rank_whose_supervisor_is_gone_before_it_begins_does_not_begin(tmp_path: Path) -> None:
     rank = RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, node="here", init="file:///nowhere")
     stranger = os.getppid()
-    order = Order(settings=Settings(), rank=rank, listen_fd=None, words_fd=2, parent_pid=stranger, verbose=False)
+    order = Order(
+        settings=Settings(), rank=rank, terms=Terms(), listen_fd=None, words_fd=2, parent_pid=stranger, verbose=False
+    )
     argv = [sys.executable, "-m", "metaseq_api.launch.child", "support.dummy_host"]
     env = clean_env(DUMMY_DIR=str(tmp_path), PYTHONPATH=str(TESTS))
     done = subprocess.run(argv, input=order.to_json(), env=env, text=True, timeout=30, check=False)

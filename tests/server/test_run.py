@@ -324,7 +324,7 @@ def test_a_stopping_server_lets_running_requests_finish_and_takes_no_new_ones(ap
         assert engine.submitted.acquire(timeout=DEADLINE_S)
         stopper = threading.Thread(target=server.stop, args=(DEADLINE_S,))
         stopper.start()
-        assert idle.recv(1) == b""  # a connection without a request is closed at once
+        assert idle.recv(1) == b""  # a connection without a request is closed soon
 
         def refused() -> bool:
             with contextlib.suppress(ConnectionRefusedError), connected(server):
@@ -397,3 +397,64 @@ print("ended")
             assert sock.recv(1) == b""
         out, _ = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, out) == (0, "ended\n")
+
+
+def test_whoever_the_kernel_let_in_before_the_end_is_answered_and_nobody_is_reset(
+    app: Flask, engine: FakeEngine
+) -> None:
+    """Clients come without a pause while the server ends: each has a whole answer, or was refused."""
+    server = Server(app, bind("127.0.0.1", 0), threads=4)
+    server.start()
+    found: list[str] = []
+    enough, over = threading.Event(), threading.Event()
+
+    def come() -> None:
+        while not over.is_set():
+            try:
+                with connected(server, post()) as sock:
+                    status, _ = read_answer(sock)
+                found.append(str(status))
+            except ConnectionRefusedError:
+                found.append("refused")
+                return
+            except OSError as e:
+                found.append(repr(e))
+            if len(found) > 200:
+                enough.set()
+
+    clients = [threading.Thread(target=come) for _ in range(16)]
+    for client in clients:
+        client.start()
+    assert enough.wait(DEADLINE_S)
+    server.stop(DEADLINE_S)
+    for client in clients:
+        client.join(DEADLINE_S)
+    over.set()
+    assert set(found) <= {"200", "503", "refused"}
+    assert found.count("refused") == len(clients)
+
+
+def test_a_request_that_comes_just_after_the_door_was_shut_is_answered(app: Flask, engine: FakeEngine) -> None:
+    server = Server(app, bind("127.0.0.1", 0), threads=4)
+    server.start()
+    engine.hold()
+    with connected(server, post()) as running, connected(server) as late:
+        assert engine.submitted.acquire(timeout=DEADLINE_S)
+        stopper = threading.Thread(target=server.stop, args=(DEADLINE_S,))
+        stopper.start()
+        wait_until(lambda: not server._waitress.accepting, "the door to be shut")
+        late.sendall(post())
+        assert engine.submitted.acquire(timeout=DEADLINE_S)
+        engine.free.set()
+        assert read_answer(running)[0] == read_answer(late)[0] == 200
+    stopper.join(DEADLINE_S)
+
+
+def test_while_a_server_hangs_up_it_serves_on_but_keeps_no_connection(server: Server) -> None:
+    with connected(server, post()) as sock:
+        read_answer(sock)
+        server.hang_up()
+        sock.sendall(post())
+        assert read_answer(sock)[0] == 200
+        assert sock.recv(1) == b""
+    assert is_well(server)

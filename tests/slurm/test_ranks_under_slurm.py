@@ -81,7 +81,7 @@ def test_one_task_on_each_of_two_nodes_numbers_its_ranks_after_the_node(conf: Pa
     ]
     inits = {t["rank"]["init"] for t in told}
     assert len(inits) == 1
-    assert inits.pop().startswith("tcp://fake1:")
+    assert inits.pop().startswith("step://fake1/")
     assert [t["port"] is not None for t in told] == [True, False, False, False]
     assert [gpu(t) for t in told] == ["0", "1", "0", "1"]
 
@@ -96,7 +96,7 @@ def test_a_task_per_gpu_takes_its_own_gpu(conf: Path, tmp_path: Path, options: s
     assert where(told) == [(0, 2, 0, 2, "fake1"), (1, 2, 1, 2, "fake1")]
     assert [t["cuda"] for t in told] == seen
     assert [gpu(t) for t in told] == ["0", "1"]
-    assert {t["rank"]["init"].rpartition(":")[0] for t in told} == {"tcp://127.0.0.1"}
+    assert {t["rank"]["init"].rpartition("/")[0] for t in told} == {"step://127.0.0.1"}
 
 
 def test_a_task_per_rank_on_two_nodes(conf: Path, tmp_path: Path) -> None:
@@ -107,7 +107,12 @@ def test_a_task_per_rank_on_two_nodes(conf: Path, tmp_path: Path) -> None:
         (2, 4, 0, 2, "fake2"),
         (3, 4, 1, 2, "fake2"),
     ]
-    assert {t["rank"]["init"].rpartition(":")[0] for t in told} == {"tcp://fake1"}
+    assert {t["rank"]["init"].rpartition("/")[0] for t in told} == {"step://fake1"}
+
+
+def test_neighbours_share_a_node_also_under_cyclic_distribution(conf: Path, tmp_path: Path) -> None:
+    told = ranks_of(conf, tmp_path, "-N2 --ntasks-per-node 2 --distribution cyclic", 4)
+    assert [w[4] for w in where(told)] == ["fake1", "fake1", "fake2", "fake2"]
 
 
 def test_uneven_tasks_on_two_nodes(conf: Path, tmp_path: Path) -> None:
@@ -203,10 +208,10 @@ def test_one_ctrl_c_ends_an_srun_with_quit_on_interrupt(conf: Path, tmp_path: Pa
 
 
 def test_rank_0_ends_its_requests_with_followers_that_slurm_told_to_end_too(conf: Path, tmp_path: Path) -> None:
-    with srun(conf, tmp_path, "-N1 -n2", DUMMY_RANK0="drain") as f:
+    with srun(conf, tmp_path, "-N1 -n2", DUMMY_RANK0="drain", DUMMY_RANK1="follow") as f:
         f.up(2)
         subprocess.run(["scancel", "--me"], env=clean_env(SLURM_CONF=str(conf)), timeout=20, check=True)
         until((tmp_path / "drained").exists, "rank 0 to end its requests")
-        assert (tmp_path / "drained").read_text() == "with rank 1"
+        assert (tmp_path / "drained").read_text() == "SIGTERM with rank 1"
         f.end()
         f.assert_nothing_left_running()

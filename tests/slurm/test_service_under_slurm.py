@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from support import slurm
 from support.processes import clean_env, until
@@ -25,9 +27,15 @@ def conf() -> Iterator[Path]:
     yield from slurm.cluster(nodes=2, gpus=2, cpus=4)
 
 
-def ranks_left() -> str:
-    """Processes of ours, on any of the nodes: they are all this machine."""
-    return subprocess.run(["pgrep", "-f", "metaseq_api.(cli|host)"], capture_output=True, text=True).stdout
+def ranks_left(conf: Path) -> list[int]:
+    """Processes of ours, on any of this cluster's nodes: they are all this machine."""
+    found = []
+    for p in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = {"metaseq_api.cli.interactive_hosted", "metaseq_api.host"} & set(p.cmdline())
+            if ours and p.environ().get("SLURM_CONF") == str(conf):
+                found.append(p.pid)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,9 @@ def test_srun_serves_and_a_cancelled_job_leaves_nothing(options: str, conf: Path
         assert service.texts(**QUESTION) == ANSWER
         subprocess.run(["scancel", "--me"], env=clean_env(SLURM_CONF=str(conf)), timeout=20, check=True)
         service.end(10)
-        until(lambda: not ranks_left(), "the tasks of every node to be gone", 10)  # srun itself does not wait for them
+        until(
+            lambda: not ranks_left(conf), "the tasks of every node to be gone", 10
+        )  # srun itself does not wait for them
     finally:
         if service.process.poll() is None:
             service.process.send_signal(signal.SIGTERM)

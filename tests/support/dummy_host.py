@@ -15,19 +15,25 @@ import time
 from pathlib import Path
 
 from metaseq_api.errors import CheckpointCorrupt, RankFailed
+from metaseq_api.launch.child import ignore_stops
 from metaseq_api.launch.order import settings_to_dict
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> int:
+def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms) -> int:
     here = Path(os.environ["DUMMY_DIR"])
     role = os.environ.get(f"DUMMY_RANK{rank.rank}", "serve")
-    if role == "ignore-term":
-        signal.signal(signal.SIGTERM, lambda *_: (here / f"term{rank.rank}").touch())
-    if role == "drain":
-        signal.signal(signal.SIGTERM, lambda *_: drain(here))
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        if role == "ignore-term":
+            signal.signal(stop, lambda *_: (here / f"term{rank.rank}").touch())
+        if role == "drain":
+            signal.signal(stop, lambda signum, _: drain(here, signum))
+    if role == "follow":
+        ignore_stops()
     told = {"pid": os.getpid(), "rank": dataclasses.asdict(rank), "settings": settings_to_dict(settings)}
+    told["terms"] = dataclasses.asdict(terms)
     told["port"] = sock.getsockname()[1] if sock else None
     told["cuda"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     told["store"] = store(rank.init)
@@ -70,11 +76,14 @@ def act(role: str, rank: RankInfo, here: Path) -> int:
     return 0
 
 
-def drain(here: Path) -> None:
+def drain(here: Path, signum: int) -> None:
     """What rank 0 does on SIGTERM: answer with the others' help, then end."""
     follower = json.loads((here / "rank1.json").read_text())["pid"]
     alive = Path(f"/proc/{follower}/stat").read_text().split()[2] != "Z"
-    (here / "drained").write_text("with rank 1" if alive else "alone")
+    part = here / "drained.part"
+    part.write_text(f"{signal.Signals(signum).name} {'with rank 1' if alive else 'alone'}")
+    part.rename(here / "drained")
+    os.kill(follower, signal.SIGKILL)  # its dismissal
     os._exit(0)
 
 

@@ -61,6 +61,27 @@ class Service:
             answer: dict[str, Any] = json.load(r)
         return answer
 
+    def stream(self, **body: Any) -> str:
+        """All events of a streamed answer."""
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            json.dumps(body | {"stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as r:
+            return str(r.read().decode())
+
+    def status(self, path: str) -> int:
+        """What a GET is answered with; 0 where nobody answers."""
+        try:
+            with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as r:
+                return int(r.status)
+        except urllib.error.HTTPError as e:
+            with e:
+                return e.code
+        except OSError:
+            return 0
+
     def texts(self, **body: Any) -> list[str]:
         return [c["text"] for c in self.complete(**body)["choices"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,18 +13,22 @@ import pytest
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
 
 
-def _run(*args: str) -> str | None:
+def _run(*args: str, kill_wait_s: int = 3) -> str | None:
     """The reason why the script failed, or None."""
-    done = subprocess.run(["bash", str(SCRIPT), *args], capture_output=True, text=True, timeout=180, check=False)
+    env = os.environ | {"KILL_WAIT": str(kill_wait_s)}
+    argv = ["bash", str(SCRIPT), *args]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=180, check=False)
     return None if done.returncode == 0 else done.stderr.strip() or f"slurm_cluster.sh {args[0]} failed"
 
 
-def cluster(*, nodes: int, gpus: int, cpus: int) -> Iterator[Path]:
+def cluster(*, nodes: int, gpus: int, cpus: int, kill_wait_s: int = 3) -> Iterator[Path]:
     """Yield the slurm.conf of a cluster that stands until the generator is resumed; skip where none can be had."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as parent:
         folder = Path(parent) / "cluster"
         try:
-            if reason := _run("install") or _run("start", str(folder), *map(str, (nodes, gpus, cpus))):
+            if reason := _run("install") or _run(
+                "start", str(folder), *map(str, (nodes, gpus, cpus)), kill_wait_s=kill_wait_s
+            ):
                 pytest.skip(f"no SLURM here: {reason}")
             yield folder / "slurm.conf"
         finally:

@@ -106,7 +106,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=3
+KillWait=${KILL_WAIT:-3}
 ${gres:+GresTypes=gpu}
 NodeName=$names NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$ports CPUs=$cpus RealMemory=4096 $gres
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP

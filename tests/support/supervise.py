@@ -9,6 +9,7 @@ from metaseq_api import log
 from metaseq_api.errors import MetaseqApiError
 from metaseq_api.launch.rendezvous import Placement
 from metaseq_api.launch.supervisor import supervise
+from metaseq_api.launch.terms import Terms
 from metaseq_api.settings import Settings
 
 
@@ -20,10 +21,10 @@ def main() -> int:
         return supervise(
             Placement(kind="alone", node="here"),
             num_ranks,
-            Settings(model_parallel=num_ranks),
+            Settings(model_parallel=num_ranks, timeout_s=2.0),
+            terms=Terms(grace_s=grace_s),
             sock=sock,
             module="support.dummy_host",
-            grace_s=grace_s,
         )
     except MetaseqApiError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,0 +1,53 @@
+"""A last look at a process that does not answer: its state, its stack in the log, and its end.
+
+For ranks that no supervisor of ours stands above (srun or torchrun with one task per rank), by a rank of the same node.
+Knows /proc and signals. Does not know ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+STACK_S = 0.3
+"""Units: seconds that it has to write its stack."""
+ASK_FOR_STACK = (signal.SIGQUIT, signal.SIGCONT, signal.SIGQUIT)
+"""To one that is stopped: what is pending when it goes on is heard first, but by any thread; the second by the main."""
+_STATES = {
+    "T": "stopped, by SIGSTOP",
+    "t": "stopped, by a debugger",
+    "Z": "dead",
+    "X": "dead",
+    "D": "held up in the kernel, by a disk or a driver",
+    "R": "running",
+    "S": "waiting",
+}
+
+
+def state_of(pid: int) -> str:
+    """What a process of this machine is doing, in words; "gone" where there is none."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "gone"
+    letter = status.rpartition(")")[2].split()[0]
+    return _STATES.get(letter, f"in state {letter}")
+
+
+def is_held(pid: int) -> bool:
+    """Whether SIGSTOP or a debugger holds it."""
+    return state_of(pid).startswith("stopped")
+
+
+def show_stack_and_kill(pid: int) -> str:
+    """Have a rank's stack in its log, continuing it for that where it is stopped, and kill it; its state before."""
+    state = state_of(pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        for signum in ASK_FOR_STACK:
+            os.kill(pid, signum)
+        threading.Event().wait(STACK_S)
+        os.kill(pid, signal.SIGKILL)
+    return state
