@@ -1,8 +1,8 @@
 """Which blocks of the KV cache are free, how many sequences hold the others, and what is still in them. Integers and
 keys only; the tensors are the Worker's. Does not know sequences.
 
-A full block may be given a key, which says all that its content depends on: the tokens in it and every token before
-them. It is then found by whoever comes with the same tokens, for as long as it has not been needed for something else,
+A full block may be given a key, which says all that its content depends on: the tokens in it, every token before them,
+and which of these were generated (a rank computes those in another way, equal but for rounding). It is then found by whoever comes with the same tokens, for as long as it has not been needed for something else,
 also when nobody holds it any more. Rules:
 1. a block that somebody holds is never given away;
 2. blocks without a key that nobody holds go first, the lowest of them first, so that blocks in use stay close together
@@ -20,12 +20,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a full block behind the one whose key is `parent` (b"" for the first).
+def block_key(parent: bytes, token_ids: Sequence[int], num_prompt: int) -> bytes:
+    """The key of a full block behind the one whose key is `parent` (b"" for the first); the first `num_prompt` of its
+    tokens are a prompt's.
 
     A cryptographic digest: two contents with one key can't be made, let alone met by chance.
     """
-    return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=32).digest()
+    return hashlib.blake2b(parent + array("i", [num_prompt, *token_ids]).tobytes(), digest_size=32).digest()
 
 
 class BlockPool:
