@@ -1,12 +1,12 @@
 """Attention over the paged cache, in plain torch operations: planned once a step, run once a layer.
 
 A prompt's tokens attend in one way (`prefill`), generated ones in another (`decode`), whatever else is in the step and
-however often they are computed: a prompt's last token alone is still a prompt's, and a sequence that lost its blocks feeds
-the tokens that it had generated as generated ones, many in one step. On a CPU the numbers of a token then depend on the
-tokens before it, on which of these were generated, and on nothing else, bit by bit: not on the batch, chunks, found blocks,
-or where blocks lie. What that takes beside these two is that linear layers give a row the same bits among any others
-(`parallel.layers`), and norms do. It does not hold between numbers of threads, machines or versions of torch, nor where
-more than two ranks are summed by rings, whose order depends on a tensor's size. On a GPU it is not promised.
+however often they are computed: a prompt's last token alone is still a prompt's, and a sequence that lost its blocks
+feeds what it had generated as generated tokens, many in one step. On a CPU the numbers of a token then depend on the
+tokens before it, on which of these were generated, and on nothing else, bit by bit: not on the batch, chunks, found
+blocks, or where blocks lie. That rests on linear layers (`parallel.layers`) and norms giving a row the same bits among
+any others. It does not hold between numbers of threads, machines or versions of torch, nor where more than two ranks
+are summed in rings, whose order depends on a tensor's size. On a GPU it is not promised.
 
 Knows the Batch and the cache's layout. Does not know the model.
 
@@ -49,19 +49,8 @@ def plan_step(batch: Batch, cache: KVCache, device: torch.device) -> StepPlan:
     ends = np.cumsum([i.num_tokens for i in batch.items])
     logit_rows = np.concatenate([np.arange(e - i.num_logits, e) for i, e in zip(batch.items, ends, strict=True)])
     half = [i.block_ids[-1] for i in batch.items if i.context_len % size and i.start <= i.context_len // size * size]
-    prefills, generated = [], []
     dtype, width = cache.keys[0].dtype, cache.keys[0].shape[-1]
-    for item, end in zip(batch.items, ends.tolist(), strict=True):
-        begin = end - item.num_tokens
-        if item.num_prompt:
-            stop = begin + item.num_prompt
-            of_prompt = item.block_ids[: -(-(item.start + item.num_prompt) // size)]
-            prefills.append(
-                plan_prefill(begin=begin, end=stop, start=item.start, block_ids=of_prompt, dtype=dtype, device=device)
-            )
-        for row in range(begin + item.num_prompt, end):
-            context = item.start + row - begin + 1
-            generated.append(Token(row=row, context_len=context, block_ids=item.block_ids[: -(-context // size)]))
+    prefills, generated = _split(batch, ends.tolist(), size, dtype, device)
     joint = alike(dtype, size, width, device)
 
     def put(a: np.ndarray) -> Tensor:
@@ -73,11 +62,29 @@ def plan_step(batch: Batch, cache: KVCache, device: torch.device) -> StepPlan:
         cache_rows=cache.rows(put(blocks), put(positions % size)),
         half_filled=put(np.array(half, np.int64)) if half else None,
         logit_rows=put(logit_rows),
-        prefills=tuple(prefills),
+        prefills=prefills,
         decodes=tuple(
             plan_decode(generated[at : at + MOST], size, device, joint=joint) for at in range(0, len(generated), MOST)
         ),
     )
+
+
+def _split(
+    batch: Batch, ends: list[int], size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[Prefill, ...], list[Token]]:
+    """Each item's tokens of its prompt, and all that were generated."""
+    prefills, generated = [], []
+    for item, end in zip(batch.items, ends, strict=True):
+        begin, stop = end - item.num_tokens, end - item.num_tokens + item.num_prompt
+        if item.num_prompt:
+            blocks = item.block_ids[: -(-(item.start + item.num_prompt) // size)]
+            prefills.append(
+                plan_prefill(begin=begin, end=stop, start=item.start, block_ids=blocks, dtype=dtype, device=device)
+            )
+        for row in range(stop, end):
+            context = item.start + row - begin + 1
+            generated.append(Token(row=row, context_len=context, block_ids=item.block_ids[: -(-context // size)]))
+    return tuple(prefills), generated
 
 
 def _blocks_of_tokens(item: BatchItem, size: int) -> np.ndarray:

@@ -8,8 +8,8 @@ cores of an EPYC Zen 5).
 
 On a CPU a row's bits depend on its own sequence alone, not on the others, or on where its blocks lie:
 1. a block's product with one query has the same bits among however many blocks. With several queries it has them in
-   bf16 (oneDNN), but not in fp32 (MKL sums in another order for one row): `alike` tries that out, and where they differ a
-   shared block is multiplied by each of its owners apart. That costs what blocks of their own would cost;
+   bf16 (oneDNN), but not in fp32 (MKL sums in another order for one row): `alike` tries that out, and where they differ
+   a shared block is multiplied by each of its owners apart. That costs what blocks of their own would cost;
 2. the softmax over a longer padded range adds zeros, in lanes of LANES, so that a range is never shorter than that;
 3. the weighted values of a sequence's blocks are added one after another in fp32.
 

@@ -1,17 +1,17 @@
 """Attention of a prompt's tokens, by torch's fused kernel.
 
-On a CPU in tiles of TILE queries that lie at multiples of TILE in the prompt, each over the context up to the tile's end,
-zeros where there is nothing (yet): so every product a token takes part in has the same shapes, and its row the same bits,
-however the prompt was cut into chunks and whatever part of it was found in the cache. The kernel itself takes 32 to 256
-queries at once by how many there are, and its bits with them. Tiles cost nothing: of 1024 tokens, 12 heads of 64, one layer
-took 27.6 ms of one core instead of 31.7 (fp32) and 34.5 instead of 43.2 (bf16), since less of the masked half is computed;
-tiles of 64 and 128 took as long (2026-11-20, EPYC Zen 4). Elsewhere a chunk is done in one piece, and its bits may depend
-on where it was cut.
+On a CPU in tiles of TILE queries that lie at multiples of TILE in the prompt, each over the context up to the tile's
+end, zeros where there is nothing (yet): so every product that a token takes part in has the same shapes, and its row
+the same bits, however the prompt was cut into chunks and whatever part of it was found in the cache. Left to itself the
+kernel takes 32 to 256 queries at once by how many there are, and its bits follow. Tiles cost nothing: 1024 tokens, 12
+heads of 64, took 27.6 ms of one core a layer instead of 31.7 (fp32) and 34.5 instead of 43.2 (bf16), since less of the
+masked half is computed; tiles of 64 and 128 took as long (2026-11-20, EPYC Zen 4). Elsewhere a chunk is done in one
+piece, and its bits may depend on where it was cut.
 
 Knows the cache's layout. Does not know the Batch or the model.
 
-Shapes: T tokens of the step, L queries of a prompt in whole tiles, C context in whole tiles, H heads of this rank, N blocks,
-S tokens of a block, D head width.
+Shapes: T tokens of the step, L queries of a prompt in whole tiles, C context in whole tiles, H heads of this rank,
+N blocks, S tokens of a block, D head width.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Prefill:
     blocks: Tensor
     """All blocks of its context; read only where start > 0."""
     mask: Tensor | None
-    """In tiles: [TILE, C] to be added, the causal triangle in the last columns (of any tile: its last ones). In one piece:
-    [end - begin, context], True where a token may look; None for the plain causal triangle."""
+    """In tiles: [TILE, C] to be added, whose last columns are each tile's own: the causal triangle, zeros before it.
+    In one piece: [end - begin, context], True where a token may look; None for the plain causal triangle."""
 
     @property
     def context_len(self) -> int:
@@ -108,7 +108,7 @@ def _found(pool_PHSD: Tensor, p: Prefill, total: int) -> Tensor:
     x_NHSD = pool_PHSD.index_select(0, p.blocks)
     num, heads, size, width = x_NHSD.shape
     x_HCD = x_NHSD.new_empty(heads, max(num * size, total), width)
-    x_HCD[:, : num * size].unflatten(1, (num, size)).copy_(x_NHSD.transpose(0, 1))
+    x_HCD[:, : num * size].view(heads, num, size, width).copy_(x_NHSD.transpose(0, 1))
     x_HCD[:, p.context_len : total] = 0
     return x_HCD[:, :total]
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from metaseq_api.parallel.context import ParallelContext
 
-
 LEAST_ROWS = 4
 """A CPU multiplies no fewer rows: for a single one oneDNN and MKL sum in another order, so that a row's bits would
 depend on whether it has neighbours. From 2 rows on they did not, in any shape tried. Four cost no more than one (12

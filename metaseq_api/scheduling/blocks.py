@@ -2,8 +2,10 @@
 keys only; the tensors are the Worker's. Does not know sequences.
 
 A full block may be given a key, which says all that its content depends on: the tokens in it, every token before them,
-and which of these were generated (a rank computes those in another way, equal but for rounding). It is then found by whoever comes with the same tokens, for as long as it has not been needed for something else,
-also when nobody holds it any more. Rules:
+and which of these were generated (a rank computes those in another way, which rounds differently). It is then found by
+whoever comes with the same, for as long as it has not been needed for something else, also when nobody holds it any
+more: blocks of a prompt by every prompt, generated ones by the sequence itself once it was preempted. A chat's next
+turn computes the last answer once more, as part of its prompt. Rules:
 1. a block that somebody holds is never given away;
 2. blocks without a key that nobody holds go first, the lowest of them first, so that blocks in use stay close together
    (attention multiplies a range of them);

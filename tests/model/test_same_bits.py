@@ -1,4 +1,4 @@
-"""A token's numbers depend on the tokens before it and on which of these were generated; on nothing else, bit by bit."""
+"""A token's numbers depend on the tokens before it and on which of these were generated, bit by bit on nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support import rank_bits
 from support.rank_bits import DTYPES, SHAPES, check
 from torch import Tensor
 
+from metaseq_api.model import attention
 from metaseq_api.model.decode import alike
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import Linear
@@ -34,6 +35,11 @@ def test_bits_of_two_ranks_depend_on_no_more(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, str(script), str(r), "2", str(tmp_path / "store")], env=env) for r in range(2)
     ]
     assert [p.wait(120) for p in ranks] == [0, 0]
+
+
+def test_bits_do_not_depend_on_how_many_generated_tokens_are_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST", 7)
+    check("heads of 8", torch.float32, ParallelContext())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

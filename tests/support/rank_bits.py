@@ -98,7 +98,8 @@ def beside_others(case: Case) -> Tensor:
     tables.append(case.blocks(170, taken))
     case.driver.step((long[:140], 0, tables[-1]))
     for n in range(GENERATED):
-        items = [(o[: shared * case.size + n + 1], shared * case.size + n, t) for o, t in zip(others, tables, strict=False)]
+        at = shared * case.size + n
+        items = [(o[: at + 1], at, t) for o, t in zip(others, tables, strict=False)]
         items.append((long[: 141 + n % 19], 140 + n % 19, tables[-1]))
         items = case.random.sample(items, n % 6 + 1) if n >= 1 and n % 2 else items
         at = case.random.randrange(len(items) + 1)
