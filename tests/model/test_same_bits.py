@@ -12,10 +12,13 @@ import pytest
 import torch
 from support import rank_bits
 from support.rank_bits import DTYPES, SHAPES, check
+from support.steps import Driver
 from torch import Tensor
 
+from metaseq_api.core import ModelConfig
 from metaseq_api.model import attention
 from metaseq_api.model.decode import alike
+from metaseq_api.model.weights import RandomWeights
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import Linear
 
@@ -40,6 +43,20 @@ def test_bits_of_two_ranks_depend_on_no_more(tmp_path: Path) -> None:
 def test_bits_do_not_depend_on_how_many_generated_tokens_are_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MOST", 7)
     check("heads of 8", torch.float32, ParallelContext())
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 8])
+def test_bits_of_the_first_tokens_do_not_depend_on_a_longer_neighbour(block_size: int) -> None:
+    config = ModelConfig(num_layers=2, hidden_dim=64, num_heads=4, ffn_dim=128, vocab_size=160, max_positions=64)
+    driver = Driver(config, RandomWeights(config, std=0.2), num_blocks=100, block_size=block_size)
+    long, short = [2, *range(9, 60)], [2, *range(30, 50)]
+    there, here = list(range(70, 70 - len(long), -1)), list(range(71, 92))
+    driver.step((long[:-1], 0, there))
+    for n in range(1, len(short)):
+        driver.step((short[:n], n - 1, here))
+        (alone,) = driver.step((short[: n + 1], n, here))
+        beside, _ = driver.step((short[: n + 1], n, here), (long, len(long) - 1, there))
+        assert torch.equal(alone, beside), n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
