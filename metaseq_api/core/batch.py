@@ -15,6 +15,9 @@ class BatchItem:
     """One sequence's share of a step: feed `token_ids` at positions start, start + 1, ...; hand back logits of the
     last `num_logits` of them (0: none, the prefill goes on in a later step).
 
+    The first `num_prompt` of them are the prompt's, the others were generated. A rank computes the two in two ways, and
+    a token always in the same one: so its numbers do not depend on when, or how often, that was done.
+
     `block_ids` are the cache blocks of positions 0 to start + len(token_ids) - 1, in order.
     """
 
@@ -22,6 +25,7 @@ class BatchItem:
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     num_logits: int
+    num_prompt: int
 
     @property
     def num_tokens(self) -> int:
@@ -44,10 +48,10 @@ class Batch:
         return sum(len(i.token_ids) for i in self.items)
 
     def pack(self) -> array[int]:
-        """As 32-bit integers: per item start, num_logits, the two lengths, then tokens and blocks."""
+        """As 32-bit integers: per item start, num_logits, num_prompt, the two lengths, then tokens and blocks."""
         out = array("i", [len(self.items)])
         for i in self.items:
-            out.extend((i.start, i.num_logits, len(i.token_ids), len(i.block_ids)))
+            out.extend((i.start, i.num_logits, i.num_prompt, len(i.token_ids), len(i.block_ids)))
             out.extend(i.token_ids)
             out.extend(i.block_ids)
         return out
@@ -57,14 +61,15 @@ class Batch:
         """The inverse of `pack`; words past the end are ignored."""
         items, at = [], 1
         for _ in range(words[0]):
-            start, num_logits, num_tokens, num_blocks = words[at : at + 4]
-            mid = at + 4 + num_tokens
+            start, num_logits, num_prompt, num_tokens, num_blocks = words[at : at + 5]
+            mid = at + 5 + num_tokens
             end = mid + num_blocks
             items.append(
                 BatchItem(
                     start=start,
                     num_logits=num_logits,
-                    token_ids=tuple(words[at + 4 : mid]),
+                    num_prompt=num_prompt,
+                    token_ids=tuple(words[at + 5 : mid]),
                     block_ids=tuple(words[mid:end]),
                 )
             )

@@ -1,9 +1,11 @@
 """Which blocks of the KV cache are free, how many sequences hold the others, and what is still in them. Integers and
 keys only; the tensors are the Worker's. Does not know sequences.
 
-A full block may be given a key, which says all that its content depends on: the tokens in it and every token before
-them. It is then found by whoever comes with the same tokens, for as long as it has not been needed for something else,
-also when nobody holds it any more. Rules:
+A full block may be given a key, which says all that its content depends on: the tokens in it, every token before them,
+and which of these were generated (a rank computes those in another way, which rounds differently). It is then found by
+whoever comes with the same, for as long as it has not been needed for something else, also when nobody holds it any
+more: blocks of a prompt by every prompt, generated ones by the sequence itself once it was preempted. A chat's next
+turn computes the last answer once more, as part of its prompt. Rules:
 1. a block that somebody holds is never given away;
 2. blocks without a key that nobody holds go first, the lowest of them first, so that blocks in use stay close together
    (attention multiplies a range of them);
@@ -20,12 +22,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a full block behind the one whose key is `parent` (b"" for the first).
+def block_key(parent: bytes, token_ids: Sequence[int], num_prompt: int) -> bytes:
+    """The key of a full block behind the one whose key is `parent` (b"" for the first); the first `num_prompt` of its
+    tokens are a prompt's.
 
     A cryptographic digest: two contents with one key can't be made, let alone met by chance.
     """
-    return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=32).digest()
+    return hashlib.blake2b(parent + array("i", [num_prompt, *token_ids]).tobytes(), digest_size=32).digest()
 
 
 class BlockPool:

@@ -228,7 +228,8 @@ class Scheduler:
         """The keys of the full blocks among a sequence's first tokens."""
         keys, size = seq.block_keys, self.pool.block_size
         for at in range(len(keys) * size, num_tokens - size + 1, size):
-            keys.append(block_key(keys[-1] if keys else b"", seq.token_ids[at : at + size]))
+            prompted = min(max(seq.prompt_len - at, 0), size)
+            keys.append(block_key(keys[-1] if keys else b"", seq.token_ids[at : at + size], prompted))
         return keys[: num_tokens // size]
 
     def _keep(self, seq: Sequence, num_tokens: int) -> None:
@@ -256,7 +257,7 @@ class Scheduler:
                 self._turns.remove(seq.group)
 
     def _release(self, seq: Sequence) -> None:
-        """Let go of a sequence's blocks; what it generated can now be found too."""
+        """Let go of a sequence's blocks; it can find what it generated again if it was preempted."""
         if self._by_content:
             self._keep(seq, seq.num_cached)
             for key in seq.block_keys:
@@ -275,6 +276,7 @@ class Scheduler:
             token_ids=tuple(seq.token_ids[start:stop]),
             block_ids=tuple(seq.block_ids[: self.pool.blocks_for(stop)]),
             num_logits=num if scoring else int(ends),
+            num_prompt=min(max(seq.prompt_len - start, 0), num),
         )
 
 

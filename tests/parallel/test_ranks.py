@@ -30,8 +30,8 @@ def test_ranks_together_give_one_ranks_logits(size: int, tmp_path: Path) -> None
     for (variant, dtype), got in zip(rank_logits.CASES, torch.load(out), strict=True):
         hf = tiny_opt(variant)
         want = rank_logits.run(Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), dtype=dtype))
-        # bf16: partial sums are rounded to 8 bits before they are added up
-        close = 1e-4 if dtype is torch.float32 else 8 * 2.0**-8 * float(want.std())
+        # bf16: partial sums are rounded to 8 bits before they are added up (of four: 0.023 off; either 0.02 off fp32)
+        close = 1e-4 if dtype is torch.float32 else 12 * 2.0**-8 * float(want.std())
         torch.testing.assert_close(got, want, atol=close, rtol=0)
 
 

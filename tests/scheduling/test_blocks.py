@@ -42,7 +42,7 @@ def test_a_block_freed_twice_is_noticed() -> None:
         pool.free(blocks)
 
 
-KEYS = [block_key(b"", [i]) for i in range(9)]
+KEYS = [block_key(b"", [i], 1) for i in range(9)]
 
 
 def kept(pool: BlockPool, *keys: bytes) -> list[int]:
@@ -50,16 +50,19 @@ def kept(pool: BlockPool, *keys: bytes) -> list[int]:
     return [pool.keep(block, key) for block, key in zip(pool.allocate(len(keys)), keys, strict=True)]
 
 
-def test_a_key_says_the_tokens_their_borders_and_all_before_them() -> None:
+def test_a_key_says_the_tokens_which_were_generated_their_borders_and_all_before_them() -> None:
     keys = [
-        block_key(b"", [1, 2]),
-        block_key(b"", [2, 1]),
-        block_key(b"", [12]),
-        block_key(block_key(b"", [1, 2]), [1, 2]),
-        block_key(block_key(b"", [2, 1]), [1, 2]),
+        block_key(b"", [1, 2], 2),
+        block_key(b"", [1, 2], 1),
+        block_key(b"", [1, 2], 0),
+        block_key(b"", [2, 1], 2),
+        block_key(b"", [12], 1),
+        block_key(block_key(b"", [1, 2], 2), [1, 2], 2),
+        block_key(block_key(b"", [1, 2], 1), [1, 2], 2),
+        block_key(block_key(b"", [2, 1], 2), [1, 2], 2),
     ]
-    assert len(set(keys)) == 5
-    assert block_key(b"", [1, 2]) == keys[0]
+    assert len(set(keys)) == 8
+    assert block_key(b"", [1, 2], 2) == keys[0]
 
 
 def test_a_block_with_a_key_is_found_until_it_is_needed() -> None:

@@ -254,13 +254,15 @@ def test_the_same_tokens_behind_another_head_are_not_taken_for_the_same() -> Non
     assert (answer(s, q)[0], answer(s, r)[0]) == ({1: 20}, {2: 16})
 
 
-def test_a_chats_next_turn_finds_the_answer_of_the_last() -> None:
+def test_a_chats_next_turn_computes_the_last_answer_as_a_prompt_once() -> None:
     s = scheduler(tokens=64)
     first = seq(0, 10, max_tokens=11)
     answer(s, first)
-    second = seq(1, 25)
+    second, third = seq(1, 25), seq(2, 29)
     second.token_ids[:21] = first.token_ids
-    assert answer(s, second)[0] == {1: 5}  # the last token sampled was never fed
+    third.token_ids[:25] = second.token_ids[:25]
+    assert answer(s, second)[0] == {1: 17}  # two blocks of the first prompt are found
+    assert answer(s, third)[0] == {2: 5}
 
 
 def test_of_requests_that_come_together_one_computes_the_head_and_the_others_wait_for_it() -> None:

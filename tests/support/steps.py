@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,13 @@ class Driver:
         self.model.load(weights)
         self.cache = KVCache(config, self.context, dtype, num_blocks=num_blocks, block_size=block_size)
 
-    def step(self, *items: tuple[list[int], int, list[int]]) -> list[Tensor]:
-        """Feed (all tokens so far, how many the cache holds, blocks) of each sequence; logits of every fed token."""
+    def step(self, *items: tuple[list[int], int, list[int]], prompts: Sequence[int] | None = None) -> list[Tensor]:
+        """Feed (all tokens so far, how many the cache holds, blocks) of each sequence; logits of every fed token.
+
+        `prompts`: how long the prompt of each is; where it is not said, a token fed by itself counts as generated.
+        """
+        if prompts is None:
+            prompts = [cached if len(tokens) - cached == 1 else len(tokens) for tokens, cached, _ in items]
         batch = Batch(
             items=tuple(
                 BatchItem(
@@ -39,8 +46,9 @@ class Driver:
                     token_ids=tuple(tokens[cached:]),
                     block_ids=tuple(blocks[: -(-len(tokens) // self.cache.block_size)]),
                     num_logits=len(tokens) - cached,
+                    num_prompt=min(max(prompt - cached, 0), len(tokens) - cached),
                 )
-                for tokens, cached, blocks in items
+                for (tokens, cached, blocks), prompt in zip(items, prompts, strict=True)
             )
         )
         with torch.inference_mode():

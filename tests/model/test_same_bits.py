@@ -1,0 +1,83 @@
+"""A token's numbers depend on the tokens before it and on which of these were generated, bit by bit on nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import rank_bits
+from support.rank_bits import DTYPES, SHAPES, check
+from support.steps import Driver
+from torch import Tensor
+
+from metaseq_api.core import ModelConfig
+from metaseq_api.model import attention
+from metaseq_api.model.decode import alike
+from metaseq_api.model.weights import RandomWeights
+from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.parallel.layers import Linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_do_not_depend_on_chunks_neighbours_shared_heads_or_where_blocks_lie(
+    shape: str, dtype: torch.dtype
+) -> None:
+    check(shape, dtype, ParallelContext())
+
+
+def test_bits_of_two_ranks_depend_on_no_more(tmp_path: Path) -> None:
+    script = Path(rank_bits.__file__)
+    env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(r), "2", str(tmp_path / "store")], env=env) for r in range(2)
+    ]
+    assert [p.wait(120) for p in ranks] == [0, 0]
+
+
+def test_bits_do_not_depend_on_how_many_generated_tokens_are_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST", 7)
+    check("heads of 8", torch.float32, ParallelContext())
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 8])
+def test_bits_of_the_first_tokens_do_not_depend_on_a_longer_neighbour(block_size: int) -> None:
+    config = ModelConfig(num_layers=2, hidden_dim=64, num_heads=4, ffn_dim=128, vocab_size=160, max_positions=64)
+    driver = Driver(config, RandomWeights(config, std=0.2), num_blocks=100, block_size=block_size)
+    long, short = [2, *range(9, 60)], [2, *range(30, 50)]
+    there, here = list(range(70, 70 - len(long), -1)), list(range(71, 92))
+    driver.step((long[:-1], 0, there))
+    for n in range(1, len(short)):
+        driver.step((short[:n], n - 1, here))
+        (alone,) = driver.step((short[: n + 1], n, here))
+        beside, _ = driver.step((short[: n + 1], n, here), (long, len(long) - 1, there))
+        assert torch.equal(alone, beside), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072), (2048, 512), (1024, 512), (64, 192)], ids=str)
+def test_a_linear_layer_gives_a_row_the_same_bits_among_any_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    layer = Linear(ParallelContext(), dtype)
+    layer.keep(normal(shape[1], shape[0]) * 0.02, normal(shape[1]))
+    x, residual = normal(70, shape[0]), normal(70, shape[1])
+    plain, added = layer(x, "relu"), layer.add_to(residual, x)
+    for num in (1, 2, 3, 4, 5, 8, 17, 32, 33, 64):
+        at = random.Random(num).randrange(70 - num)
+        rows = slice(at, at + num)
+        assert torch.equal(layer(x[rows], "relu"), plain[rows]), num
+        assert torch.equal(layer.add_to(residual[rows], x[rows]), added[rows]), num
+
+
+def test_whether_products_are_alike_is_found_out_and_not_asked_of_a_gpu() -> None:
+    assert alike(torch.float32, 32, 64, torch.device("cuda"))
+    assert alike(torch.float32, 32, 64, torch.device("cpu")) in (True, False)
