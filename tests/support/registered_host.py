@@ -12,7 +12,7 @@ from metaseq_api.launch.rendezvous import RankInfo
 from metaseq_api.settings import Settings
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> int:
+def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: object) -> int:
     if sock is None:
         threading.Event().wait()
     assert sock is not None

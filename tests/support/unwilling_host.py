@@ -9,5 +9,5 @@ from metaseq_api.launch.rendezvous import RankInfo
 from metaseq_api.settings import Settings
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> int:
+def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: object) -> int:
     raise MemoryTooSmall("this is not my day")
