@@ -48,7 +48,8 @@ def test_json_lines_are_answered_in_order_each_by_itself(source: list[str], tmp_
     one, two, *refused = map(json.loads, ran.stdout.splitlines())
     assert [c["text"] + "\n" for c in one["choices"]] == [WANT]
     assert [c["text"] for c in two["choices"]] == [" the exception is raised."] * 2
-    assert len(two["choices"][0]["logprobs"]["tokens"]) == two["usage"]["completion_tokens"] / 2
+    tokens = two["choices"][0]["logprobs"]["tokens"]
+    assert (len(tokens) - 1, tokens[-1]) == (two["usage"]["completion_tokens"] / 2, "</s>")
     assert [r["error"]["code"] for r in refused] == ["unknown_field", "invalid_json", "invalid_json"]
     assert "prompt" in refused[0]["error"]["message"]
     assert ran.returncode == 1

@@ -143,6 +143,8 @@ ERRORS: dict[str, tuple[int, str, str]] = {
     "PortInUse": (500, "server_error", "resource"),
     "MemoryTooSmall": (500, "server_error", "resource"),
     "RankFailed": (500, "server_error", "rank_failed"),
+    "ClusterError": (500, "server_error", "cluster"),
+    "ServiceError": (500, "server_error", "service"),
     "RequestError": (400, "invalid_request_error", "invalid_value"),
     "NotAuthorized": (401, "authentication_error", "invalid_api_key"),
     "Forbidden": (403, "permission_error", "forbidden"),

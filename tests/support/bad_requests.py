@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 PATHS = ("/v1/completions", "/completions", "/v1/engines/175b/completions", "/v2/engines/a/b/completions")
-ANSWERED = (200, 400)
-REFUSED = (400, 404, 405, 413, 415, 431)
+ANSWERED = (200, 400, 504)
+"""504: of those that give themselves a millisecond or two."""
+REFUSED = (400, 404, 405, 413, 415, 431, 504)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -0.0, -1, 1, 2, 7, 95, 97, 100, 2**31, 2**53, 2**63, -(2**63), 2**64, 10**30, 0.5, 1e-320),
     *(1e308, -1e308, 16.0, 1.5, "", "x", "1", "true", "\x00", "\u20ac", "\ud800", "NaN", "\u202e", "a" * 300, [], {}),
