@@ -35,7 +35,7 @@ FAIL_S = 3.0
 """Units: seconds that rank 0 has to tell its clients when another rank has failed."""
 DISMISS_S = 0.7
 """Units: seconds that the others have to end once rank 0 has; with SLACK_S it stays under the 5 s of one Ctrl-C."""
-STACKS_S = 0.3
+STACKS_S = 1.0
 """Units: seconds that ranks have to write their stacks."""
 STOPPED = 0.75
 """A rank that has been stopped for so much of TIMEOUT_S is lost; looked for every eighth of it."""

@@ -194,7 +194,7 @@ def test_ten_thousand_bad_requests_are_refused_and_every_good_one_after_them_is_
     assert by_status[200] > 2000
     assert by_status[400] > 2000
     assert set(by_status) >= {200, 400, 404, 405, 413, 415, 431}
-    assert not [status for status in by_status if status >= 500 and status != 501]
+    assert not [status for status in by_status if status >= 500 and status not in (501, 504)]
 
 
 def is_idle(engine: Engine) -> bool:
