@@ -10,33 +10,29 @@ Knows the life of a request. Does not know HTTP, files, or how the processes wer
 from __future__ import annotations
 
 import logging
-import math
 import queue
-import random
 import threading
 import time
 from collections.abc import Sequence as Seq
 
 import torch
-from torch import Tensor
 
-from metaseq_api.core import Delta, FinishReason, Health, Request, Sequence, Stats
-from metaseq_api.core.request import BOS_ID
+from metaseq_api.core import Delta, FinishReason, Health, Request, Stats
+from metaseq_api.engine.book import Book
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.deadlines import Deadlines
 from metaseq_api.engine.drain import DrainRate
 from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.pulse import Pulse
+from metaseq_api.engine.reading import Reading
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.sampler import Sampler, Scored
-from metaseq_api.engine.teller import Teller
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.track import Track
 from metaseq_api.engine.worker import Worker
 from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, Overloaded, RequestError
 from metaseq_api.scheduling.scheduler import Scheduler, Step
-from metaseq_api.scheduling.stopping import StopChecker
-from metaseq_api.tokenizer import EOS_ID, PAD_ID, StreamDecoder, Tokenizer
+from metaseq_api.tokenizer import EOS_ID, PAD_ID, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +63,12 @@ class Engine:
         self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID])
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()
-        self._tracks: dict[int, Track] = {}
-        self._leaders: dict[tuple[Ticket, int], Track] = {}
-        self._by_ticket: dict[Ticket, list[Track]] = {}
+        self._book = Book(tokenizer)
         self._told: set[Ticket] = set()
         self._deadlines = Deadlines()
         self._num_queued = 0
         self._drain = DrainRate()
         self._lock = threading.Lock()
-        self._next_id = 0
         self._stopped = ""
         self._stop_at: float | None = None
         self._pulse = Pulse(channel, self.stats, heartbeat_s)
@@ -210,7 +203,7 @@ class Engine:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
         if time.monotonic() - self._channel.last_heard >= self._heartbeat_s:
             self._channel.send_heartbeat()  # requests may have come that needed no step
-        idle = not self._by_ticket
+        idle = not self._book
         if idle:
             self._scheduler.check_idle()
         while True:
@@ -224,84 +217,40 @@ class Engine:
             idle = False
             if what == "add":
                 self._add(ticket)
-            elif what == "cancel" and ticket in self._by_ticket:
+            elif what == "cancel" and ticket in self._book:
                 ticket.fail(RequestError("the client went away", code="cancelled"))
                 self._drop(ticket)
 
     def _add(self, ticket: Ticket) -> None:
         request = ticket.request
         self.stats.ask(request.params.num_samples, request.params.max_tokens, map(len, request.prompts))
-        tracks = self._by_ticket[ticket] = []
+        tracks = self._book.open(ticket)
         self._deadlines.add(ticket)
-        for p, prompt in enumerate(request.prompts):
-            for s in range(request.params.num_samples):
-                track = self._track(ticket, p, s, list(prompt))
-                tracks.append(track)
-                self.stats.arrive(track.seq.seq_id, ticket.arrived)
+        for track in tracks:
+            self.stats.arrive(track.seq.seq_id, ticket.arrived)
         for track in tracks:
             if request.params.max_tokens == 0 and not request.params.scores_prompt:
                 self._answer(track)  # an echo: nothing to compute
                 continue
-            self._tracks[track.seq.seq_id] = track
+            self._book.compute(track)
             self._scheduler.add(track.seq)
             if track.teller is not None and request.params.logprobs is None:
                 self._tell(track, track.teller.tell())  # an echo
-
-    def _track(self, ticket: Ticket, prompt_index: int, sample_index: int, prompt: list[int]) -> Track:
-        params = ticket.request.params
-        num_added = 0 if prompt[:1] == [BOS_ID] else 1
-        token_ids = [BOS_ID] * num_added + prompt
-        leader = self._leaders.get((ticket, prompt_index))
-        seed = None if params.seed is None else f"{params.seed}/{prompt_index}/{sample_index}"
-        seq = Sequence(
-            seq_id=self._next_id,
-            prompt_len=len(token_ids),
-            token_ids=token_ids,
-            group=id(ticket),
-            tenant=ticket.request.tenant,
-            weight=ticket.request.weight,
-            priority=ticket.request.priority,
-            params=params,
-            max_len=len(token_ids) + params.max_tokens,
-            leader=None if leader is None else leader.seq,
-            scores_prompt=leader is None and params.scores_prompt and len(token_ids) > 1,
-        )
-        self._next_id += 1
-        track = Track(
-            ticket=ticket,
-            seq=seq,
-            prompt_index=prompt_index,
-            sample_index=sample_index,
-            num_added=num_added,
-            tokenizer=self._tokenizer,
-            rng=random.Random(seed),
-            stop=StopChecker(params.stop, include=params.include_stop_str_in_output),
-            decoder=StreamDecoder(self._tokenizer),
-        )
-        leader = self._leaders.setdefault((ticket, prompt_index), track)
-        if ticket.request.stream:
-            track.teller = Teller(track, leader)
-        return track
 
     def _run(self, step: Step) -> None:
         """One step on all ranks, from the order to the answers."""
         began = time.monotonic()
         self._channel.send_batch(step.batch)
-        tokens: dict[int, Scored | None] = {}
-        unsound: set[Ticket] = set()
-        rows = _rows(step)
+        read = Reading(step, self._book, self._sampler)
         for logits in self._worker.run(step.batch):
             assert logits is not None
-            here, rows = rows[: len(logits)], rows[len(logits) :]
-            unsound |= self._score_prompts(logits, here)
-            self._sample(logits, here, tokens)
-        self._note(step, tokens, began)
-        self._scheduler.apply(step, {i: s.token_id for i, s in tokens.items() if s is not None})
-        unsound |= {self._tracks[i].ticket for i, scored in tokens.items() if scored is None}
-        for ticket in unsound:
+            read.take(logits)
+        self._note(step, read.tokens, began)
+        self._scheduler.apply(step, {i: s.token_id for i, s in read.tokens.items() if s is not None})
+        for ticket in read.unsound:
             self._give_up(ticket)
-        for seq_id, scored in tokens.items():
-            track = self._tracks.get(seq_id)
+        for seq_id, scored in read.tokens.items():
+            track = self._book.find(seq_id)
             if track is not None and scored is not None:
                 track.take(scored, EOS_ID)
                 if track.reason is not None:
@@ -309,8 +258,9 @@ class Engine:
                 elif track.teller is not None:
                     self._tell(track, track.teller.tell())
         for seq in step.sequences:
-            if seq.params.max_tokens == 0 and seq.num_cached == seq.prompt_len and seq.seq_id in self._tracks:
-                self._answer(self._tracks[seq.seq_id])
+            scored_only = self._book.find(seq.seq_id) if seq.params.max_tokens == 0 else None
+            if scored_only is not None and seq.num_cached == seq.prompt_len:
+                self._answer(scored_only)
 
     def _note(self, step: Step, tokens: dict[int, Scored | None], began: float) -> None:
         """Every rank has done its part of a step."""
@@ -323,40 +273,13 @@ class Engine:
         self.stats.prefix_queries = scheduler.prefix_queries_tokens
         self.stats.prefix_hits = scheduler.prefix_hits_tokens
 
-    def _score_prompts(self, logits: Tensor, rows: list[tuple[Sequence, int]]) -> set[Ticket]:
-        """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1.
-
-        Returns the requests whose scores are not numbers.
-        """
-        unsound = set()
-        by_seq: dict[int, list[int]] = {}
-        for at, (seq, position) in enumerate(rows):
-            if seq.scores_prompt and position + 1 < seq.prompt_len:
-                by_seq.setdefault(seq.seq_id, []).append(at)
-        for seq_id, ats in by_seq.items():
-            track, seq = self._tracks[seq_id], rows[ats[0]][0]
-            targets = [seq.token_ids[rows[at][1] + 1] for at in ats]
-            chosen = logits if len(ats) == len(logits) else logits[ats]
-            for at, scored in zip(ats, self._sampler.score(chosen, targets, seq.params), strict=True):
-                track.prompt_scored[rows[at][1] + 1] = scored
-                if scored.logprob is None or math.isnan(scored.logprob):
-                    unsound.add(track.ticket)
-        return unsound
-
-    def _sample(self, logits: Tensor, rows: list[tuple[Sequence, int]], tokens: dict[int, Scored | None]) -> None:
-        ats = [at for at, (seq, i) in enumerate(rows) if i + 1 == len(seq.token_ids) and seq.params.max_tokens]
-        if ats:
-            chosen = logits if len(ats) == len(logits) else logits[ats]
-            sampled = self._sampler.sample(chosen, [self._tracks[rows[at][0].seq_id].row() for at in ats])
-            tokens.update({rows[at][0].seq_id: s for at, s in zip(ats, sampled, strict=True)})
-
     def _answer(self, track: Track) -> None:
         """A sample is done: hand it over, and forget the request when it was the last."""
         self._scheduler.finish(track.seq)
-        self._tracks.pop(track.seq.seq_id, None)
+        self._book.drop(track)
         track.reason = track.reason or FinishReason.LENGTH
         self.stats.finish(track.seq.seq_id, track.reason.value, time.monotonic())
-        completion = track.completion(self._leaders[track.ticket, track.prompt_index])
+        completion = track.completion(self._book.leader(track))
         if track.teller is not None:
             self._tell(track, track.teller.tell_rest(completion))
         whole = track.ticket.add(completion)
@@ -380,12 +303,12 @@ class Engine:
     def _give_up(self, ticket: Ticket) -> None:
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
         ticket.fail(MetaseqApiError("the model computed values that are not numbers for this prompt"))
-        for track in self._by_ticket[ticket]:
+        for track in self._book.of(ticket):
             self._scheduler.discard(track.seq)
         self._drop(ticket)
 
     def _run_out(self, ticket: Ticket) -> None:
-        num = sum(track.seq.num_generated for track in self._by_ticket[ticket])
+        num = sum(track.seq.num_generated for track in self._book.of(ticket))
         ticket.fail(
             DeadlineExceeded(
                 f"the time for this request was over after {num} of at most "
@@ -399,11 +322,9 @@ class Engine:
     def _drop(self, ticket: Ticket) -> None:
         """Forget a request that has ended, and free what it holds."""
         self._deadlines.remove(ticket)
-        for track in self._by_ticket.pop(ticket):
+        for track in self._book.close(ticket):
             self._scheduler.finish(track.seq)
             self.stats.finish(track.seq.seq_id, "abort", time.monotonic())
-            self._tracks.pop(track.seq.seq_id, None)
-            self._leaders.pop((ticket, track.prompt_index), None)
         with self._lock:
             self._num_queued -= ticket.num_sequences
             self._drain.note(ticket.num_sequences, time.monotonic(), idle=not self._num_queued)
@@ -411,7 +332,7 @@ class Engine:
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""
         self._notify()
-        for ticket in list(self._by_ticket):
+        for ticket in self._book.tickets:
             ticket.fail(EngineStopped(self._stopped))
             self._drop(ticket)
         while not self._inbox.empty():
@@ -423,12 +344,3 @@ class Engine:
 
 
 _WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)
-
-
-def _rows(step: Step) -> list[tuple[Sequence, int]]:
-    """Whose each row of logits is, and the position it was computed at."""
-    return [
-        (seq, position)
-        for seq, item in zip(step.sequences, step.batch.items, strict=True)
-        for position in range(item.context_len - item.num_logits, item.context_len)
-    ]

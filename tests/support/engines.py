@@ -76,8 +76,9 @@ def running_engine(
     assert engine.wait_failed(0) is fails
     assert scheduler.num_running == scheduler.num_waiting == 0
     scheduler.pool.check_idle()
-    assert not engine._tracks
-    assert not engine._leaders
+    assert not engine._book
+    assert not engine._book._live
+    assert not engine._book._leaders
     assert not engine._num_queued
 
 
