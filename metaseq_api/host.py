@@ -155,7 +155,9 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings) -> Worke
         else:
             model.load(Counted(ready.checkpoint, begin(driver_bytes(ready.checkpoint, context.tensor_size))))
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
-    return Worker(model, cache)
+    worker = Worker(model, cache, graphs=settings.cuda_graphs)
+    worker.prepare(settings.max_batch_size)
+    return worker
 
 
 def serve(settings: Settings, ready: Prepared, worker: Worker, channel: Channel, sock: socket.socket) -> int:
