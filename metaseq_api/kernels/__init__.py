@@ -6,9 +6,11 @@ served by torch's own operations (`have_triton`).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 
+@functools.cache
 def have_triton() -> bool:
     """Whether kernels can be compiled here; asked without importing it."""
     return importlib.util.find_spec("triton") is not None

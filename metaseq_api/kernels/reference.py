@@ -57,3 +57,18 @@ def decode_attention(
         k_HCD, v_HCD = (x[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float() for x in (keys_PHSD, values_PHSD))
         s_HC = torch.einsum("hd,hcd->hc", q_THD[row].float(), k_HCD) * scale
         out_TX[row] = torch.einsum("hc,hcd->hd", s_HC.softmax(-1), v_HCD).flatten().to(out_TX.dtype)
+
+
+def row_linear(
+    x_1I: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    residual_1O: Tensor | None = None,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """relu?(x W^T + b) + residual, in fp32 and rounded once. Shapes: [1, I], [O, I], [O], [1, O] -> [1, O]."""
+    y = x_1I.float() @ weight_OI.float().t()
+    y = y if bias_O is None else y + bias_O.float()
+    y = y.relu() if relu else y
+    return (y if residual_1O is None else y + residual_1O.float()).to(x_1I.dtype)
