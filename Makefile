@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := run/demo
 PARTS := 0 1
 
-.PHONY: help serve test test-slurm test-fresh lint types bench package demo clean
+.PHONY: help serve test test-slurm test-fresh lint types bench gpu-check package demo clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
+	@echo "make gpu-check   on a GPU: parity with Hugging Face, then a table of speeds; needs no install"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
 
@@ -60,6 +61,9 @@ bench: $(BIN)/.test
 	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
 	$(BIN)/metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder run/bench
 	$(BIN)/metaseq-api-bench load --shape opt-1.3b --folder run/bench-load
+
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m metaseq_api.bench.gpu_check
 
 package: $(BIN)/.test
 	rm -rf build dist

@@ -29,7 +29,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug", "jinja2", "prometheus_client"}),
     "bench": (
-        LOW | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"},
+        LOW
+        | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"}
+        | {"kernels"},
         {"torch", "transformers"},
     ),
     "launch": (LOW, {"submitit"}),

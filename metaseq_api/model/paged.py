@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from metaseq_api.core import Batch, BatchItem
 from metaseq_api.kernels.reference import DecodeAttention
@@ -145,6 +144,8 @@ def _attend_piece(
     if piece.start == 0:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds, of which a CPU's start-up needs none
+
         num, context = piece.end - piece.begin, piece.start + piece.end - piece.begin
         k, v = (x[piece.blocks].transpose(0, 1).flatten(1, 2)[None, :, :context] for x in (keys, values))
         # the last token sees all: FlashAttention has that triangle too, without a mask of num x context

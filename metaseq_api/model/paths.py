@@ -22,6 +22,8 @@ def decode_kernel(device: torch.device) -> DecodeAttention | None:
     """The kernel for single tokens on this device, or None where torch's own operations serve."""
     if device.type != "cuda" or not have_triton():
         return None
+    import torch.nn.attention.bias  # noqa: F401  # takes seconds, for which no request shall wait later
+
     from metaseq_api.kernels.decode_attention import decode_attention  # needs Triton
 
     return decode_attention
