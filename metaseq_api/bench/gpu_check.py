@@ -40,14 +40,14 @@ class Section:
 
 
 SECTIONS = (
-    Section(name="parity", limit_s=150, decides=True),
+    Section(name="parity", limit_s=180, decides=True),
     Section(name="latency opt-1.3b", limit_s=45),
     Section(name="latency opt-6.7b", limit_s=45),
     Section(name="latency opt-13b", limit_s=50),
     Section(name="latency opt-30b", limit_s=70),
     Section(name="throughput opt-13b", limit_s=70),
-    Section(name="tune", limit_s=40),
-    Section(name="rival opt-13b", limit_s=110),
+    Section(name="rival opt-13b", limit_s=170),
+    Section(name="tune", limit_s=60),
 )
 QUICK_SECTIONS = (
     Section(name="parity tiny", limit_s=90, decides=True),
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the command works")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="sections whose names begin so")
-    parser.add_argument("--limit", type=float, default=590.0, help="seconds for all sections (default: 590)")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds for all sections (default: 570)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found here")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     return parser

@@ -137,7 +137,7 @@ def kernels(device: torch.device) -> Iterator[Check]:
 
     generator = torch.Generator(device).manual_seed(0)
     for dtype, atol in (("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-3)):
-        for width in (64, 80, 96, 128, 256):
+        for width in (64, 80, 96, 128, 256) if dtype == "bf16" else (64, 80):  # compiling each takes a second
             for contexts in ([2048], [1, 700, 0, 33], [200 + i for i in range(40)]):
                 got, want = _decode_both(decode_attention, contexts, width, DTYPES[dtype], device, generator)
                 name = f"decode attention, {dtype}, head width {width}, {len(contexts)} sequences"

@@ -24,7 +24,7 @@ from metaseq_api.kernels.reference import DecodeAttention
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT
 from metaseq_api.model.paged import PagedPlan, Singles, tables
-from metaseq_api.parallel.transfer import put
+from metaseq_api.parallel.transfer import put_into
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class DecodeStep:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """The items' logits, valid until the next run. Shapes: -> [len(batch.items), V] fp32."""
-        self._inputs.copy_(put(self._words(batch), self._inputs.device), non_blocking=True)
+        put_into(self._inputs, self._words(batch))
         if self._graph is None:
             return self._forward()[: len(batch.items)]
         self._graph.replay()

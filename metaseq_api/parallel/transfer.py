@@ -16,9 +16,15 @@ from torch import Tensor
 def put(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of a NumPy array or of (nested) sequences of numbers, on the device."""
     here = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
-    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
+    return put_tensor(here, device)
 
 
 def put_tensor(here: Tensor, device: torch.device) -> Tensor:
     """A tensor of this machine's memory, on the device."""
     return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
+
+
+def put_into(there: Tensor, values: np.ndarray) -> None:
+    """Overwrite a tensor of a device with a NumPy array."""
+    here = torch.from_numpy(values)
+    there.copy_(here if there.device.type == "cpu" else here.pin_memory(), non_blocking=True)
