@@ -26,7 +26,10 @@ TILE_NUMBERS = 8192
 """Numbers of a tile of keys (tokens times head width) that a program holds at once."""
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+# a step's integers lie at any address and tables are of any width: none of that shall compile another kernel
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["table_width"], do_not_specialize_on_alignment=["rows_ptr", "tables_ptr", "contexts_ptr"]
+)
 def _attend_part(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -99,7 +102,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         tl.store(stats_ptr + 2 * part + 1, total)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # type: ignore[untyped-decorator, unused-ignore]
 def _join_parts(  # type: ignore[no-untyped-def]
     rows_ptr, parts_ptr, stats_ptr, out_ptr, heads, WIDTH: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr
 ):
