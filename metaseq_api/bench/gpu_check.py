@@ -40,7 +40,11 @@ class Section:
 
 
 SECTIONS = (
-    Section(name="parity", limit_s=180, decides=True),
+    Section(name="kernels", limit_s=90, decides=True),
+    Section(name="parity tiny", limit_s=120, decides=True),
+    Section(name="parity opt-125m", limit_s=60, decides=True),
+    Section(name="parity opt-1.3b", limit_s=60, decides=True),
+    Section(name="greedy opt-125m", limit_s=60, decides=True),
     Section(name="latency opt-1.3b", limit_s=45),
     Section(name="latency opt-6.7b", limit_s=45),
     Section(name="latency opt-13b", limit_s=50),
@@ -50,10 +54,11 @@ SECTIONS = (
     Section(name="tune", limit_s=60),
 )
 QUICK_SECTIONS = (
-    Section(name="parity tiny", limit_s=90, decides=True),
-    Section(name="latency tiny", limit_s=45),
-    Section(name="throughput tiny", limit_s=45),
-    Section(name="rival tiny", limit_s=45),
+    Section(name="parity tiny", limit_s=60, decides=True),
+    Section(name="greedy tiny", limit_s=30, decides=True),
+    Section(name="latency tiny", limit_s=30),
+    Section(name="throughput tiny", limit_s=30),
+    Section(name="rival tiny", limit_s=30),
 )
 
 
@@ -77,14 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.only and not section.name.startswith(tuple(args.only)):
             continue
         left = args.limit - (time.monotonic() - began)
-        lines, ended = _child(section, device, limit_s=min(section.limit_s, left))
+        lines, ended, errors = _child(section, device, limit_s=min(section.limit_s, left))
         sound = not ended and all(line.get("passed", True) for line in lines)
         passed &= sound or not section.decides
-        found.append({"section": section.name, "ended": ended, "lines": lines})
+        found.append({"section": section.name, "ended": ended, "errors": errors, "lines": lines})
         _show(section, lines, ended)
-    say(f"{'parity holds' if passed else 'PARITY FAILS'}, {time.monotonic() - began:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "sections": found}, indent=1))
+        if args.json:  # after each, since the next may take all the time that is left
+            report = {"machine": machine, "torch": torch.__version__, "sections": found}
+            args.json.write_text(json.dumps(report, indent=1))
+    say(f"\n{'parity holds' if passed else 'PARITY FAILS'}, {time.monotonic() - began:.0f} s")
     return 0 if passed else 1
 
 
@@ -92,14 +98,16 @@ def run_section(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """What a section finds, line by line: checks with `passed`, figures with `value` and `unit`."""
     kind, _, shape = name.partition(" ")
     quick = shape == "tiny"
-    config, dtype = OPT_SHAPES.get(shape, QUICK), torch.bfloat16
+    config, dtype = QUICK if shape in ("", "tiny") else OPT_SHAPES[shape], torch.bfloat16
     many = {"num": 4, "prompt_len": 16, "new": 8} if quick else {"num": 256, "prompt_len": 128, "new": 256}
-    if kind == "parity":
-        for check in gpu_parity.parity(device, quick=quick):
+    if kind in ("parity", "kernels"):
+        for check in gpu_parity.parity(device, shape) if kind == "parity" else gpu_parity.kernels(device):
             yield asdict(check) | {"passed": check.passed}
-        same, asked = gpu_speed.greedy(QUICK if quick else OPT_SHAPES["opt-125m"], device)
+        return
+    if kind == "greedy":
+        same, asked = gpu_speed.greedy(config, device)
         bound = {"error": asked - same, "bound": 0, "passed": same == asked}
-        yield {"what": f"greedy tokens of the engine, fp32, {asked} asked for"} | bound
+        yield {"what": f"greedy tokens of the engine that Hugging Face did not choose, fp32, of {asked}"} | bound
         return
     figures = {
         "latency": lambda: gpu_speed.latency(config, device, dtype, quick=quick),
@@ -111,10 +119,10 @@ def run_section(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"what": what, "value": value, "unit": unit}
 
 
-def _child(section: Section, device: torch.device, *, limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """A section in a process of its own: what it found, and how it ended where that was not by itself."""
+def _child(section: Section, device: torch.device, *, limit_s: float) -> tuple[list[dict[str, Any]], str, str]:
+    """A section in a process of its own: what it found, how it ended where that was not by itself, and what it said."""
     if limit_s <= 0:
-        return [], "skipped: the whole check's time is over"
+        return [], "skipped: the whole check's time is over", ""
     command = [sys.executable, "-m", "metaseq_api.bench.gpu_check", "--section", section.name, "--device", str(device)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
@@ -125,8 +133,8 @@ def _child(section: Section, device: torch.device, *, limit_s: float) -> tuple[l
         out.seek(0)
         err.seek(0)
         lines = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
-        last = [line.strip() for line in err if line.strip()][-1:]
-    return lines, f"{ended} ({' '.join(last)})" if ended and last else ended
+        errors = err.read()[-4000:].strip()
+    return lines, f"{ended} ({errors.splitlines()[-1].strip()})" if ended and errors else ended, errors
 
 
 def _show(section: Section, lines: list[dict[str, Any]], ended: str) -> None:
@@ -151,7 +159,7 @@ def _told(check: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check", description="Parity and speed on a GPU.")
-    parser.add_argument("--device", help="default: cuda where there is a GPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the command works")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="sections whose names begin so")
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for all sections (default: 570)")

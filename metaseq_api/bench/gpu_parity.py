@@ -118,14 +118,13 @@ def check_model(name: str, config: ModelConfig, device: torch.device, dtypes: li
             )
 
 
-def parity(device: torch.device, *, quick: bool) -> Iterator[Check]:
-    """All models: tiny ones of every variant in every dtype, and real shapes."""
-    yield from kernels(device)
+def parity(device: torch.device, shape: str) -> Iterator[Check]:
+    """A published shape in fp32 and bf16; or "tiny": every variant, in every dtype."""
+    if shape in OPT_SHAPES:
+        yield from check_model(shape, OPT_SHAPES[shape], device, ["fp32", "bf16"], 0.02)
+        return
     for name, config in TINY.items():
-        yield from check_model(name, config, device, ["fp32", "bf16"] if quick else list(DTYPES), 0.08)
-    if not quick:
-        for name in ("opt-125m", "opt-1.3b"):
-            yield from check_model(name, OPT_SHAPES[name], device, ["fp32", "bf16"], 0.02)
+        yield from check_model(name, config, device, list(DTYPES), 0.08)
 
 
 def kernels(device: torch.device) -> Iterator[Check]:

@@ -37,7 +37,7 @@ def test_the_whole_check_runs_on_a_cpu_and_proves_parity(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity holds" in done.stdout
     sections = json.loads(report.read_text())["sections"]
-    assert [s["section"] for s in sections] == ["parity tiny", "latency tiny", "throughput tiny", "rival tiny"]
+    assert [s["section"] for s in sections] == [s.name for s in gpu_check.QUICK_SECTIONS]
     assert all(s["lines"] and not s["ended"] for s in sections), sections
 
 
@@ -45,7 +45,7 @@ def test_a_check_that_fails_decides_the_exit_code_and_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = {"what": "x", "error": 2.0, "bound": 1.0, "strays": 0, "passed": False}
-    monkeypatch.setattr(gpu_check, "_child", lambda *args, **how: ([bad], ""))
+    monkeypatch.setattr(gpu_check, "_child", lambda *args, **how: ([bad], "", ""))
     assert gpu_check.main(["--device", "cpu", "--quick", "--only", "parity"]) == 1
     shown = capsys.readouterr().out
     assert "FAILS: x" in shown
@@ -60,6 +60,15 @@ def test_a_section_over_its_time_is_ended_and_said_so(
     assert "it took more than 0 s" in capsys.readouterr().out
     assert gpu_check.main(["--device", "cpu", "--quick", "--limit", "0"]) == 0
     assert "skipped" in capsys.readouterr().out
+
+
+def test_a_parity_section_that_breaks_off_fails_the_check_and_tells_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = gpu_check.Section(name="latency opt-9", limit_s=60, decides=True)
+    monkeypatch.setattr(gpu_check, "QUICK_SECTIONS", (section,))
+    assert gpu_check.main(["--device", "cpu", "--quick"]) == 1
+    assert "failed with code 1 (KeyError: 'opt-9')" in capsys.readouterr().out
 
 
 def test_what_errs_more_than_its_bound_or_strays_does_not_pass() -> None:
