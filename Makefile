@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := run/demo
 PARTS := 0 1
 
-.PHONY: help serve test browser test-slurm test-fresh test-clients lint types bench package demo page-png clean
+.PHONY: help serve test browser test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
+	@echo "make gpu-check   on a GPU: parity with Hugging Face, then a table of speeds; needs no install"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
 	@echo "make page-png    docs/page.png, the page as it looks now"
@@ -75,6 +76,9 @@ bench: $(BIN)/.test
 	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
 	$(BIN)/metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder run/bench
 	$(BIN)/metaseq-api-bench load --shape opt-1.3b --folder run/bench-load
+
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m metaseq_api.bench.gpu_check
 
 package: $(BIN)/.test
 	rm -rf build dist

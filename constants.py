@@ -27,6 +27,8 @@ CACHE_TOKENS = None
 """Tokens that the KV cache of all sequences holds. None: what memory allows, on a CPU at most 4 GiB."""
 PREFIX_CACHE = True
 """Whether prompts that begin alike are computed from where they differ."""
+CUDA_GRAPHS = True
+"""Whether a GPU that holds a whole model replays its decode steps as CUDA graphs, made at start-up."""
 CACHE_SIZE = 0
 """Whole answers kept for requests that are asked again and whose answer is certain (greedy, or with a seed)."""
 CACHE_LIST_SIZE = 0

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--interface", metavar="NAME", help="network between nodes, e.g. ib0 (default: that of the node's name)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", default=None, help="compute every prompt whole")
+    add(
+        "--no-cuda-graphs", dest="cuda_graphs", action="store_false", default=None, help="on a GPU, run every step anew"
+    )
     add("--cache-size", type=int, metavar="N", help="answers kept for requests that are asked again (default: 0, none)")
     add("--cache-list-size", type=int, metavar="N", help="of a request that draws at random, answers kept (default: 0)")
     add(

@@ -181,7 +181,9 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings, recorder
             listeners = [begin(total), *([recorder.loading(total)] if recorder else [])]
             model.load(Counted(ready.checkpoint, lambda done: [told(done) for told in listeners]))
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
-    return Worker(model, cache)
+    worker = Worker(model, cache, graphs=settings.cuda_graphs)
+    worker.prepare(settings.max_batch_size)
+    return worker
 
 
 def serve(

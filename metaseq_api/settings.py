@@ -54,6 +54,8 @@ class Settings:
     """Units: tokens the KV cache holds; None: what memory allows, within bounds."""
     prefix_cache: bool = True
     """Whether prompts that begin alike are computed from where they differ."""
+    cuda_graphs: bool = True
+    """Whether a GPU that holds a whole model replays its decode steps as CUDA graphs."""
     cache_size: int = 0
     """Whole answers kept for requests that ask the same again; 0: none."""
     cache_list_size: int = 0
@@ -116,6 +118,7 @@ _NAMES: dict[str, str] = {
     "BLOCK_SIZE": "block_size",
     "CACHE_TOKENS": "cache_tokens",
     "PREFIX_CACHE": "prefix_cache",
+    "CUDA_GRAPHS": "cuda_graphs",
     "CACHE_SIZE": "cache_size",
     "CACHE_LIST_SIZE": "cache_list_size",
     "MAX_QUEUE": "max_queue",
@@ -215,6 +218,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "block_size": _int(1, 1024),
     "cache_tokens": _int(1, 1 << 40),
     "prefix_cache": _bool,
+    "cuda_graphs": _bool,
     "cache_size": _int(0, 1 << 20),
     "cache_list_size": _int(0, 1 << 10),
     "max_queue": _int(1, 1 << 20),
@@ -229,7 +233,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "no_keys": _bool,
     "guard_metrics": _bool,
     "cors_origins": _origins,
-    "request_timeout_s": _seconds,
+    "request_timeout_s": _seconds(1),
     "registry": _path,
     "service": _text,
     "member": _int(0, 1 << 16),

@@ -22,13 +22,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"errors"}, set()),
     "scheduling": ({"errors", "core"}, set()),
     "tokenizer": ({"errors", "core"}, {"tokenizers"}),
-    "parallel": (LOW | {"core"}, TENSOR),
+    "kernels": (set(), TENSOR | {"triton"}),
+    "parallel": (LOW | {"core", "kernels"}, TENSOR),
     "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale"}),
-    "model": (LOW | {"core", "parallel"}, TENSOR),
+    "model": (LOW | {"core", "parallel", "kernels"}, TENSOR),
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug", "jinja2", "prometheus_client"}),
     "bench": (
-        LOW | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"},
+        LOW
+        | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"}
+        | {"kernels"},
         {"torch", "transformers"},
     ),
     "launch": (LOW | {"core"}, set()),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import SamplingParams
+from metaseq_api.parallel.transfer import put_tensor
 
 
 class Tally:
@@ -131,4 +132,5 @@ def _touched(
     at_N = torch.cat(ids) + rows_N * scores_RV.shape[1]
     factors = [torch.tensor(column).repeat_interleave(lengths) for column in zip(*(g[2] for g in given), strict=True)]
     device = scores_RV.device
-    return scores_RV.view(-1), at_N.to(device), torch.cat(values).to(device), [f.to(device) for f in factors]
+    values_N, *by_N = (put_tensor(x, device) for x in (torch.cat(values), *factors))
+    return scores_RV.view(-1), put_tensor(at_N, device), values_N, by_N

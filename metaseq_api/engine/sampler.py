@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metaseq_api.core import SamplingParams
 from metaseq_api.engine.penalties import Adjustment, adjust
+from metaseq_api.parallel.transfer import put
 
 CANDIDATES = (64, 1024)
 """How many of the likeliest tokens top_p looks at first; all of them where these do not hold enough."""
@@ -60,27 +61,31 @@ class Sampler:
 
     def sample(self, logits_RV: Tensor, rows: Seq[Row]) -> list[Scored | None]:
         """Choose a token for each row; None for a row whose logits are not numbers."""
-        heat = [_heat(r.params) for r in rows]
+        device, heat = logits_RV.device, [_heat(r.params) for r in rows]
         raw_RV = _tempered(logits_RV, heat)
         scores_RV = raw_RV[:, : self._num_tokens].clone(memory_format=torch.contiguous_format)
         if adjusted := [(i, r.adjustment, heat[i]) for i, r in enumerate(rows) if r.adjustment is not None]:
             adjust(scores_RV, adjusted)
-        scores_RV[:, self._banned] = -torch.inf
+        for token_id in self._banned:
+            scores_RV[:, token_id] = -torch.inf
         if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
-            scores_RV[[i for i, _ in forbidden], [t for _, t in forbidden]] = -torch.inf
+            at_2N = put([*zip(*forbidden, strict=True)], device, torch.long)
+            scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
         best_R, chosen_R = scores_RV.max(-1)
         if drawn := [i for i, r in enumerate(rows) if not r.params.greedy]:
-            chosen_R[drawn] = _draw(scores_RV[drawn], [rows[i] for i in drawn])
-        tokens = chosen_R.tolist()
-        sound = best_R.isfinite().tolist()  # max passes NaN on, and -inf means that nothing was left to choose
-        scored = _score(raw_RV, tokens, [_num_asked(r.params) for r in rows])
+            at = put(drawn, device, torch.long)
+            drawn_RV = scores_RV if len(drawn) == len(rows) else scores_RV.index_select(0, at)
+            chosen_R.index_copy_(0, at, _draw(drawn_RV, [rows[i] for i in drawn]))
+        # max passes NaN on, and -inf means that nothing was left to choose
+        scored, sound = _score(raw_RV, chosen_R, [_num_asked(r.params) for r in rows], beside_R=best_R.isfinite())
         return [s if ok else None for s, ok in zip(scored, sound, strict=True)]
 
     def score(self, logits_RV: Tensor, tokens: Seq[int], params: SamplingParams) -> list[Scored]:
         """Log-probabilities of given tokens, one a row (a prompt's)."""
         raw_RV = _tempered(logits_RV, [_heat(params)] * len(tokens))
         most = max(params.logprobs or 0 if params.echo else 0, params.prompt_logprobs or 0)
-        return _score(raw_RV, tokens, [most] * len(tokens), ranked=params.prompt_logprobs is not None)
+        chosen_R = put(list(tokens), logits_RV.device, torch.long)
+        return _score(raw_RV, chosen_R, [most] * len(tokens), ranked=params.prompt_logprobs is not None)[0]
 
 
 def _num_asked(params: SamplingParams) -> int | None:
@@ -88,22 +93,35 @@ def _num_asked(params: SamplingParams) -> int | None:
     return params.logprobs if params.num_samples == params.n else params.logprobs or 0
 
 
-def _score(raw_RV: Tensor, tokens: Seq[int], asked: Seq[int | None], *, ranked: bool = False) -> list[Scored]:
-    scored = [Scored(token_id=t, logprob=None) for t in tokens]
-    wanted = [(i, k) for i, k in enumerate(asked) if k is not None]
-    if not wanted:
-        return scored
-    logprobs = raw_RV[[i for i, _ in wanted]].log_softmax(-1)
-    own_R1 = logprobs.gather(1, torch.tensor([[tokens[i]] for i, _ in wanted], device=raw_RV.device))
-    own, ranks = own_R1[:, 0].tolist(), ((logprobs > own_R1).sum(-1) + 1).tolist() if ranked else None
-    most = max(k for _, k in wanted)
-    top_values, top_ids = logprobs.topk(min(most, logprobs.shape[1])) if most else (None, None)
-    for at, (i, k) in enumerate(wanted):
-        top: tuple[tuple[int, float], ...] = ()
-        if top_ids is not None and top_values is not None and k:
-            top = tuple(zip(top_ids[at, :k].tolist(), top_values[at, :k].tolist(), strict=True))
-        scored[i] = Scored(token_id=tokens[i], logprob=own[at], top=top, rank=ranks[at] if ranks else None)
-    return scored
+def _score(
+    raw_RV: Tensor, chosen_R: Tensor, asked: Seq[int | None], *, ranked: bool = False, beside_R: Tensor | None = None
+) -> tuple[list[Scored], list[float]]:
+    """The chosen tokens with what was asked of each, and `beside_R`'s numbers: all of it leaves a GPU in one copy."""
+    columns = [chosen_R[:, None], chosen_R[:, None] if beside_R is None else beside_R[:, None]]
+    wanted = [i for i, k in enumerate(asked) if k is not None]
+    most = min(max((k for k in asked if k is not None), default=0), raw_RV.shape[1])
+    if wanted:
+        everyone = len(wanted) == len(asked)
+        at = put(wanted, raw_RV.device, torch.long)
+        logprobs = (raw_RV if everyone else raw_RV.index_select(0, at)).log_softmax(-1)
+        own_R1 = logprobs.gather(1, (chosen_R if everyone else chosen_R.index_select(0, at))[:, None])
+        found = [own_R1, (logprobs > own_R1).sum(-1, keepdim=True) + 1] if ranked else [own_R1]
+        found += logprobs.topk(most) if most else ()
+        columns += [x if everyone else x.new_zeros(len(asked), x.shape[1]).index_copy_(0, at, x) for x in found]
+    table = torch.cat([c.double() for c in columns], 1).tolist()  # 53 bits hold an id and an fp32 number alike
+    scored = []
+    for k, (token, _, *more) in zip(asked, table, strict=True):
+        own, tops = (more[0], more[1 + ranked :]) if k is not None else (None, [])
+        ids = map(int, tops[most:])
+        scored.append(
+            Scored(
+                token_id=int(token),
+                logprob=own,
+                top=tuple(zip(ids, tops[:most], strict=True))[: k or 0],
+                rank=int(more[1]) if ranked and k is not None else None,
+            )
+        )
+    return scored, [row[1] for row in table]
 
 
 def _heat(params: SamplingParams) -> float:
@@ -114,55 +132,64 @@ def _heat(params: SamplingParams) -> float:
 def _tempered(logits_RV: Tensor, heat: Seq[float]) -> Tensor:
     if all(h == 1 for h in heat):
         return logits_RV
-    return logits_RV / torch.tensor(heat, device=logits_RV.device)[:, None]
+    return logits_RV / put(heat, logits_RV.device, torch.float32)[:, None]
 
 
 def _draw(scores_RV: Tensor, rows: Seq[Row]) -> Tensor:
     """One token a row: all tokens are open where neither top_p nor top_k is set, else a sorted few. Overwrites."""
-    num = scores_RV.shape[1]
+    num, device = scores_RV.shape[1], scores_RV.device
     if lean := [i for i, r in enumerate(rows) if r.params.min_p > 0]:
-        lean_RV = scores_RV[lean]
-        below = torch.tensor([math.log(max(rows[i].params.min_p, LEAST)) for i in lean], device=scores_RV.device)
+        at = put(lean, device, torch.long)
+        lean_RV = scores_RV.index_select(0, at)
+        below = put([math.log(max(rows[i].params.min_p, LEAST)) for i in lean], device, torch.float32)
         least_R1 = lean_RV.max(-1, keepdim=True).values + below[:, None]
-        scores_RV[lean] = lean_RV.where(lean_RV >= least_R1, -torch.inf)
-    chosen = torch.zeros(len(rows), dtype=torch.long, device=scores_RV.device)
+        scores_RV.index_copy_(0, at, lean_RV.where(lean_RV >= least_R1, -torch.inf))
+    chosen = torch.zeros(len(rows), dtype=torch.long, device=device)
     probs_RV = scores_RV.softmax(-1)
     cut = [i for i, r in enumerate(rows) if r.top_p < 1 or r.params.top_k is not None]
     free = sorted(set(range(len(rows))) - set(cut))
     if free:
-        chosen[free] = _invert(probs_RV[free], [rows[i].uniform for i in free])
+        at = put(free, device, torch.long)
+        chosen.index_copy_(0, at, _invert(_rows(probs_RV, at), [rows[i].uniform for i in free]))
     for size in (*(s for s in CANDIDATES if s < num), num):
         if not cut:
             break
-        kept, ids, enough = _nucleus(probs_RV[cut], [rows[i] for i in cut], size)
+        at = put(cut, device, torch.long)
+        kept, ids, enough = _nucleus(_rows(probs_RV, at), [rows[i] for i in cut], size)
         drawn = ids.gather(1, _invert(kept, [rows[i].uniform for i in cut])[:, None])[:, 0]
-        done = [at for at, ok in enumerate(enough) if ok]
-        chosen[[cut[at] for at in done]] = drawn[done]
+        chosen.index_copy_(0, at, drawn)  # of a row without enough, a later turn writes it again
         cut = [i for i, ok in zip(cut, enough, strict=True) if not ok]
     return chosen
 
 
+def _rows(x_RV: Tensor, at: Tensor) -> Tensor:
+    return x_RV if len(at) == len(x_RV) else x_RV.index_select(0, at)
+
+
 def _nucleus(probs_RV: Tensor, rows: Seq[Row], size: int) -> tuple[Tensor, Tensor, list[bool]]:
     """The likeliest `size` tokens of each row: their weights (0 where top_k or top_p cut), their ids, and whether
-    what is cut holds no more of them. Shapes: -> [R, size], [R, size], R."""
+    what is cut holds no more of them. Waits for the GPU unless `size` is all. Shapes: -> [R, size], [R, size], R."""
     num, device = probs_RV.shape[1], probs_RV.device
     # a top_p of 1 keeps what rounding would put beyond it
-    top_p_R1 = torch.tensor([max(r.top_p, LEAST) if r.top_p < 1 else 2.0 for r in rows], device=device)[:, None]
+    top_p = [max(r.top_p, LEAST) if r.top_p < 1 else 2.0 for r in rows]
+    top_p_R1 = put(top_p, device, torch.float32)[:, None]
     top_k = [min(r.params.top_k or num, num) for r in rows]
     values, ids = probs_RV.topk(size)
     if min(top_k) < num:
-        top_k_R1 = torch.tensor(top_k, device=device)[:, None]
+        top_k_R1 = put(top_k, device, torch.long)[:, None]
         values = values.where(torch.arange(size, device=device) < top_k_R1, 0)
         top_p_R1 = torch.where(top_k_R1 < num, top_p_R1 * values.sum(-1, keepdim=True), top_p_R1)
     before = values.cumsum(-1) - values
     # metaseq's rule: a token stays while the mass before it is less than top_p, so the first always does
     kept = values.where(before < top_p_R1, 0)
+    if size == num:
+        return kept, ids, [True] * len(rows)
     ended = (kept[:, -1] == 0).tolist()
-    return kept, ids, [size == num or (e and (k == num or k <= size)) for e, k in zip(ended, top_k, strict=True)]
+    return kept, ids, [e and (k == num or k <= size) for e, k in zip(ended, top_k, strict=True)]
 
 
 def _invert(weights_RV: Tensor, uniforms: Seq[float]) -> Tensor:
     """Where each uniform number falls in the row's cumulated weights. Shapes: -> [R]."""
     cumulated = weights_RV.cumsum(-1, dtype=torch.float64)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=weights_RV.device)[:, None] * cumulated[:, -1:]
+    target = put(uniforms, weights_RV.device, torch.float64)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=weights_RV.shape[1] - 1)

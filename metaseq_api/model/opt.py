@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import POSITION_OFFSET
-from metaseq_api.model.attention import StepPlan, attend
 from metaseq_api.model.cache import KVCache
+from metaseq_api.model.paths import Plan, attend_by
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import ColumnLinear, Linear, RowLinear, Source, VocabEmbedding, read_whole
 
@@ -78,7 +78,7 @@ class Layer(nn.Module):
         self.attn_norm.load(weights, f"{prefix}.self_attn_layer_norm")
         self.ffn_norm.load(weights, f"{prefix}.final_layer_norm")
 
-    def forward(self, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
+    def forward(self, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
         if self.config.pre_norm:
             x_TD = self._attention(x_TD, self.attn_norm(x_TD), plan, cache)
             x_TD = self._ffn(x_TD, self.ffn_norm(x_TD))
@@ -87,10 +87,10 @@ class Layer(nn.Module):
             x_TD = self.ffn_norm(self._ffn(x_TD, x_TD))
         return x_TD
 
-    def _attention(self, residual_TD: Tensor, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
+    def _attention(self, residual_TD: Tensor, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(-1, 3, self.num_heads, self.config.head_dim).unbind(1)
         scale = self.config.head_dim**-0.5
-        o_TX = attend(q_THK, k_THK, v_THK, layer=self.index, plan=plan, cache=cache, scale=scale)
+        o_TX = attend_by(q_THK, k_THK, v_THK, layer=self.index, plan=plan, cache=cache, scale=scale)
         summed: Tensor = self.out.add_to(residual_TD, o_TX)
         return summed
 
@@ -128,7 +128,7 @@ class OPT(nn.Module):
         if self.config.final_norm:
             self.norm.load(weights, "decoder.layer_norm")
 
-    def forward(self, plan: StepPlan, cache: KVCache) -> Tensor:
+    def forward(self, plan: Plan, cache: KVCache) -> Tensor:
         """Run a step. Shapes: -> [R, E], the hidden rows whose logits are wanted."""
         if plan.half_filled is not None:
             cache.clear(plan.half_filled)

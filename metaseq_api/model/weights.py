@@ -56,3 +56,22 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + sorted(self._shapes).index(name))
         value = torch.randn(self._shapes[name], generator=generator) * self._std
         return Whole(value + 1 if "norm.weight" in name else value)
+
+
+class DeviceWeights:
+    """Normal weights of one shape, made on the device when read: for a model too large to make elsewhere and send."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, seed: int = 0, std: float = 0.02
+    ) -> None:
+        self._shapes = tensor_shapes(config)
+        self._numbers = {name: number for number, name in enumerate(sorted(self._shapes))}
+        self._device, self._dtype, self._seed, self._std = device, dtype, seed, std
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def tensor(self, name: str) -> Whole:
+        generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + self._numbers[name])
+        value = torch.randn(self._shapes[name], generator=generator, device=self._device, dtype=self._dtype)
+        return Whole(value.mul_(self._std).add_(1 if "norm.weight" in name else 0))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaseq_api.kernels import have_triton
 from metaseq_api.parallel.context import ParallelContext
 
 LEAST_ROWS = 4
@@ -67,6 +68,8 @@ class Linear(nn.Module):
         """Shapes: x [T, I] -> [T, O]. `activation` is none, relu or gelu (tanh form)."""
         if self._few(x):
             return self.forward(_padded(x), activation)[: x.shape[0]]
+        if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
+            return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
         if self.packed and activation != "gelu":
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
             return y
@@ -82,6 +85,10 @@ class Linear(nn.Module):
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
             return y
+        if x.is_cuda:  # bias in the product's own kernel; with one row, all of it
+            if len(x) == 1 and have_triton():
+                return _row_linear(x, self.weight, self.bias, residual)
+            return F.linear(x, self.weight, self.bias).add_(residual)
         return torch.addmm(residual, x, self.weight.t()) + self.bias if self.bias is not None else residual + self(x)
 
     def _few(self, x: Tensor) -> bool:
@@ -147,6 +154,14 @@ class VocabEmbedding(nn.Module):
         """Shapes: [T, E] -> [T, V] in fp32 on the driver, None elsewhere."""
         parts = self.context.gather(self.output(hidden))
         return None if parts is None else _cat(parts, dim=1).float()
+
+
+def _row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    from metaseq_api.kernels.row_linear import row_linear  # needs Triton
+
+    return row_linear(x, weight, bias, residual, relu=relu)
 
 
 def _packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -112,3 +112,27 @@ def test_log_probabilities_are_the_models_after_temperature() -> None:
     assert scored is not None
     assert scored.logprob == pytest.approx(float(want[scored.token_id]), abs=1e-5)
     assert [i for i, _ in scored.top] == want.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("waits", "params"),
+    [
+        (1, {"temperature": 0}),
+        (1, {"temperature": 0, "logprobs": 5}),
+        (1, {"temperature": 1.3, "min_p": 0.1, "logprobs": 0}),
+        (2, {"top_p": 0.5, "top_k": 20, "logprobs": 2}),
+    ],
+)
+def test_a_step_hands_over_its_numbers_in_one_copy_and_asks_once_more_for_top_p(
+    waits: int, params: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[torch.Size] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> object:
+        copies.append(tensor.shape)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    choose(logits(rows=4), *(row(0.1 * i, **params) for i in range(3)), row(temperature=0, forbidden=(2, 3)))
+    assert len(copies) == waits

@@ -1,0 +1,235 @@
+"""Whether every way that a device can run a step gives Hugging Face's logits: `gpu_check`'s first half.
+
+The same steps go through each way: whole prompts, a chunk beside sequences that decode, decoding alone. fp32 (without
+TF32) must agree with Hugging Face's fp32 within ATOL; bf16 and fp16 may err at most WORSE times as much as Hugging Face
+itself does in that dtype, both against its fp32 (root mean square over all logits). The likeliest token must be Hugging
+Face's, unless the two are nearer to each other than what the dtype errs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaseq_api.bench import peer
+from metaseq_api.core import Batch, BatchItem, ModelConfig
+from metaseq_api.core.config import OPT_SHAPES
+from metaseq_api.kernels import reference
+from metaseq_api.model.cache import KVCache
+from metaseq_api.model.decode_step import DecodeSteps
+from metaseq_api.model.opt import OPT
+from metaseq_api.model.paged import plan_paged
+from metaseq_api.model.paths import decode_kernel, plan
+from metaseq_api.model.weights import DeviceWeights
+from metaseq_api.parallel.context import ParallelContext
+
+ATOL, WORSE = 1e-4, 1.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 16
+VOCAB = 4096
+TINY = {
+    "head width 64": ModelConfig(num_layers=2, hidden_dim=128, num_heads=2, ffn_dim=256, vocab_size=VOCAB),
+    "head width 80": ModelConfig(num_layers=2, hidden_dim=320, num_heads=4, ffn_dim=640, vocab_size=VOCAB),
+    "head width 128": ModelConfig(num_layers=2, hidden_dim=256, num_heads=2, ffn_dim=512, vocab_size=VOCAB),
+    "350m's norms and projections": ModelConfig(
+        num_layers=2,
+        hidden_dim=128,
+        num_heads=2,
+        ffn_dim=256,
+        vocab_size=VOCAB,
+        embed_dim=64,
+        pre_norm=False,
+        final_norm=False,
+    ),
+    "gelu": ModelConfig(num_layers=2, hidden_dim=128, num_heads=2, ffn_dim=256, vocab_size=VOCAB, activation="gelu"),
+}
+Run = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One comparison. error: what is bounded; bound: by what."""
+
+    what: str
+    error: float
+    bound: float
+    strays: int = 0
+    """Positions whose likeliest token is another one, beyond what a near tie explains."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound and self.strays == 0
+
+
+def ways(model: OPT, cache: KVCache) -> dict[str, Run]:
+    """Every way to run a step on this device, by name."""
+    device, kernel = model.context.device, decode_kernel(model.context.device)
+
+    def whole(planner: Callable[[Batch], object]) -> Run:
+        def run(batch: Batch) -> Tensor:
+            found = model.logits(model(planner(batch), cache))
+            assert found is not None
+            return found
+
+        return run
+
+    def stepped(steps: DecodeSteps, else_: Run) -> Run:
+        return lambda batch: steps.run(batch).clone() if steps.takes(batch) else else_(batch)
+
+    out = {
+        "plain torch": whole(lambda batch: plan(batch, cache, device, None)),
+        "paged, plain": whole(lambda batch: plan_paged(batch, cache, device, reference.decode_attention)),
+    }
+    best = "paged, plain"
+    if kernel is not None:
+        best = "paged, Triton"
+        out[best] = whole(lambda batch: plan_paged(batch, cache, device, kernel))
+    uncaptured = DecodeSteps(model, cache, kernel or reference.decode_attention, capture=False)
+    out["fixed buffers"] = stepped(uncaptured, out[best])
+    if kernel is not None:
+        out["CUDA graph"] = stepped(DecodeSteps(model, cache, kernel), out[best])
+    return out
+
+
+def check_model(name: str, config: ModelConfig, device: torch.device, dtypes: list[str], std: float) -> Iterator[Check]:
+    """Every way and dtype of one model, against Hugging Face."""
+    weights = DeviceWeights(config, device, torch.float32, std=std)
+    texts = [_text(50, 1), _text(37, 2), _text(70, 3)]
+    want = _theirs(config, weights, device, "fp32", texts)
+    halves = {d: _theirs(config, weights, device, d, texts) for d in dtypes if d != "fp32"}
+    bounds = {"fp32": ATOL} | {d: WORSE * _rms(got, want) for d, got in halves.items()}
+    for dtype in dtypes:
+        context = ParallelContext(device=device)
+        model = OPT(config, context, DTYPES[dtype])
+        model.load(weights)
+        cache = KVCache(config, context, DTYPES[dtype], num_blocks=40, block_size=BLOCK)
+        for way, run in ways(model, cache).items():
+            got = _run(run, texts)
+            error = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
+            rms = _rms(got, want)
+            yield Check(
+                what=f"{name}, {dtype}, {way}",
+                error=error if dtype == "fp32" else rms,
+                bound=bounds[dtype],
+                strays=sum(_strays(g, w, 2 * error) for g, w in zip(got, want, strict=True)),
+            )
+
+
+def parity(device: torch.device, shape: str) -> Iterator[Check]:
+    """A published shape in fp32 and bf16; or "tiny": every variant, in every dtype."""
+    if shape in OPT_SHAPES:
+        yield from check_model(shape, OPT_SHAPES[shape], device, ["fp32", "bf16"], 0.02)
+        return
+    for name, config in TINY.items():
+        yield from check_model(name, config, device, list(DTYPES), 0.08)
+
+
+def kernels(device: torch.device) -> Iterator[Check]:
+    """The kernels alone, against plain torch on the same numbers: every width, long contexts, many sequences."""
+    if decode_kernel(device) is None:
+        return
+    from metaseq_api.kernels.decode_attention import decode_attention  # need Triton
+    from metaseq_api.kernels.row_linear import row_linear
+
+    generator = torch.Generator(device).manual_seed(0)
+    for dtype, atol in (("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-3)):
+        for width in (64, 80, 96, 128, 256) if dtype == "bf16" else (64, 80):  # compiling each takes a second
+            for contexts in ([2048], [1, 700, 0, 33], [200 + i for i in range(40)]):
+                got, want = _decode_both(decode_attention, contexts, width, DTYPES[dtype], device, generator)
+                name = f"decode attention, {dtype}, head width {width}, {len(contexts)} sequences"
+                yield Check(what=name, error=float((got.float() - want.float()).abs().max()), bound=atol)
+        shapes = [(1, 5120), (15360, 5120), (15360,), (1, 15360)]
+        x, w, b, r = (torch.randn(s, generator=generator, device=device).to(DTYPES[dtype]) for s in shapes)
+        got, want = row_linear(x, w, b, r, relu=True), reference.row_linear(x, w, b, r, relu=True)
+        error = float(((got.float() - want.float()).abs() / (1 + want.float().abs())).max())
+        yield Check(what=f"one-row linear, {dtype}", error=error, bound=atol)
+
+
+def _decode_both(
+    kernel: reference.DecodeAttention,
+    contexts: list[int],
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    num, heads, size, widest = len(contexts), 5, 32, 64
+    shape = (num * widest, heads, size, width)
+    pools = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2)]
+    qkv = torch.randn(num, 3, heads, width, generator=generator, device=device).to(dtype)
+    found = []
+    for run in (kernel, reference.decode_attention):
+        keys, values = (pool.clone() for pool in pools)
+        out = torch.full((num, heads * width), torch.nan, device=device, dtype=dtype)
+        q, k, v = qkv.unbind(1)
+        run(
+            q,
+            k,
+            v,
+            keys,
+            values,
+            rows_B=torch.arange(num, device=device, dtype=torch.int32),
+            tables_BN=torch.randperm(num * widest, generator=generator.manual_seed(1), device=device)
+            .int()
+            .view(num, -1),
+            contexts_B=torch.tensor(contexts, device=device, dtype=torch.int32),
+            scale=width**-0.5,
+            out_TX=out,
+        )
+        found.append(torch.cat([x.flatten() for x in (out, keys, values)]))
+    return found[0], found[1]
+
+
+def _theirs(
+    config: ModelConfig, weights: DeviceWeights, device: torch.device, dtype: str, texts: list[list[int]]
+) -> list[Tensor]:
+    model = peer.hugging_face(config, weights, device, DTYPES[dtype])
+    return [peer.logits(model, text) for text in texts]
+
+
+@torch.inference_mode()
+def _run(run: Run, texts: list[list[int]]) -> list[Tensor]:
+    """Feed three texts: two whole, the third in chunks beside them; then all by single tokens, alone and together."""
+    done, fed = [0, 0, 0], [[], [], []]  # type: tuple[list[int], list[list[Tensor]]]
+    tables = [[3, 0, 17, 2], [9, 30, 1], [21, 4, 33, 5, 6]]
+
+    def step(*ordered: tuple[int, int]) -> None:
+        items = [
+            BatchItem(
+                start=done[s],
+                token_ids=tuple(texts[s][done[s] : done[s] + num]),
+                block_ids=tuple(tables[s][: -(-(done[s] + num) // BLOCK)]),
+                num_logits=num,
+                num_prompt=0 if num == 1 else num,
+            )
+            for s, num in ordered
+        ]
+        parts = torch.split(run(Batch(items=tuple(items))), [num for _, num in ordered])
+        for (s, num), part in zip(ordered, parts, strict=True):
+            fed[s].append(part)
+            done[s] += num
+
+    step((0, 30), (1, 20))
+    step((0, 1), (2, 25), (1, 1))
+    step((1, 1), (0, 1), (2, 33))
+    while left := [s for s in range(3) if done[s] < len(texts[s])]:
+        step(*((s, 1) for s in left))
+    return [torch.cat(parts) for parts in fed]
+
+
+def _strays(got: Tensor, want: Tensor, tie: float) -> int:
+    """Positions where another token is likeliest, though in `want` it lies more than `tie` below the likeliest."""
+    ours = want.gather(1, got.argmax(-1, keepdim=True))[:, 0]
+    return int((want.max(-1).values - ours > tie).sum())
+
+
+def _rms(got: list[Tensor], want: list[Tensor]) -> float:
+    return float((torch.cat(got) - torch.cat(want)).square().mean().sqrt())
+
+
+def _text(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2, *torch.randint(4, 4000, (length - 1,), generator=generator).tolist()]

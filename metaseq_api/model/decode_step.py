@@ -1,0 +1,134 @@
+"""A step in which every sequence feeds one token, with inputs that always lie in the same memory: on a GPU it is
+captured once for each batch size of a ladder, and then replayed as one CUDA graph.
+
+A Batch is put into the next larger size; rows that pad it have a context of no tokens, touch no cache, and are cut off.
+The same planning, buffers and forward pass run without a capture on a CPU.
+
+Knows the model and the plan. Does not know scheduling or sampling. Not for a model split over ranks, whose logits are
+gathered outside the model.
+
+Shapes: B rows of one size of the ladder, N blocks of the longest table, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaseq_api.core import Batch
+from metaseq_api.kernels.reference import DecodeAttention
+from metaseq_api.model.cache import KVCache
+from metaseq_api.model.opt import OPT
+from metaseq_api.model.paged import PagedPlan, Singles, tables
+from metaseq_api.parallel.transfer import put_into
+
+log = logging.getLogger(__name__)
+
+LARGEST = 256
+"""The most sequences that one graph decodes; a larger step runs without one."""
+WARM_UPS = 2
+"""Runs before a capture: kernels are compiled and libraries take their workspaces then."""
+
+
+def ladder(largest: int) -> list[int]:
+    """The batch sizes that are captured: powers of two, the last as large as `largest` needs or LARGEST."""
+    sizes = [1]
+    while sizes[-1] < min(largest, LARGEST):
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+class DecodeStep:
+    """One size: its input buffer, the plan that points into it, and what replays it."""
+
+    def __init__(self, model: OPT, cache: KVCache, attention: DecodeAttention, size: int) -> None:
+        self.model, self.cache, self.size = model, cache, size
+        self.width = -(-model.config.max_positions // cache.block_size)
+        device = model.context.device
+        self._inputs = torch.zeros(size * (3 + self.width), dtype=torch.int32, device=device)
+        tokens, positions, contexts, blocks = torch.split(self._inputs, [size, size, size, size * self.width])
+        rows = torch.arange(size, dtype=torch.int32, device=device)
+        singles = Singles(rows_B=rows, contexts_B=contexts, tables_BN=blocks.view(size, self.width))
+        self.plan = PagedPlan(
+            attention=attention, token_ids_T=tokens, positions_T=positions, logit_rows=rows, singles=singles
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits_BV: Tensor | None = None
+
+    def _forward(self) -> Tensor:
+        logits = self.model.logits(self.model(self.plan, self.cache))
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def capture(self, pool: object) -> None:
+        """Record the step on the GPU; graphs of one `pool` share their memory, and only one may run at a time."""
+        self._inputs.zero_()  # no sequence has any tokens: the runs below touch no cache
+        stream = torch.cuda.Stream(self.model.context.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            self._logits_BV = self._forward()
+        self._graph = graph
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """The items' logits, valid until the next run. Shapes: -> [len(batch.items), V] fp32."""
+        put_into(self._inputs, self._words(batch))
+        if self._graph is None:
+            return self._forward()[: len(batch.items)]
+        self._graph.replay()
+        assert self._logits_BV is not None
+        return self._logits_BV[: len(batch.items)]
+
+    def _words(self, batch: Batch) -> np.ndarray:
+        words = np.zeros(len(self._inputs), np.int32)
+        num, size = len(batch.items), self.size
+        words[:num] = [i.token_ids[0] for i in batch.items]
+        words[size : size + num] = [i.start for i in batch.items]
+        words[2 * size : 2 * size + num] = [i.context_len for i in batch.items]
+        rest = words[3 * size :].reshape(size, self.width)
+        rest[:num] = tables(list(batch.items), self.width)
+        return words
+
+
+class DecodeSteps:
+    """The ladder of sizes over one model and cache, each made when it is first needed, or all at once."""
+
+    def __init__(self, model: OPT, cache: KVCache, attention: DecodeAttention, *, capture: bool = True) -> None:
+        assert model.context.tensor_size == 1
+        self._model, self._cache, self._attention, self._capture = model, cache, attention, capture
+        self._steps: dict[int, DecodeStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if capture else None
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether every item of a Batch feeds one token and wants its logits."""
+        return len(batch.items) <= LARGEST and all(i.num_logits == len(i.token_ids) == 1 for i in batch.items)
+
+    def run(self, batch: Batch) -> Tensor:
+        """The items' logits, valid until the next run. Shapes: -> [len(batch.items), V] fp32."""
+        return self._step(ladder(len(batch.items))[-1]).run(batch)
+
+    def prepare(self, largest: int) -> None:
+        """Make every size that steps of up to `largest` sequences need; the largest first, whose memory serves all."""
+        began = time.monotonic()
+        for size in reversed(ladder(largest)):
+            self._step(size)
+            log.info("decode step of %d sequences prepared, %.1f s so far", size, time.monotonic() - began)
+
+    def _step(self, size: int) -> DecodeStep:
+        step = self._steps.get(size)
+        if step is None:
+            step = DecodeStep(self._model, self._cache, self._attention, size)
+            if self._capture:
+                step.capture(self._pool)
+            self._steps[size] = step
+        return step

@@ -1,0 +1,58 @@
+"""A whole model whose decode steps attend by the Triton kernel (interpreted) gives Hugging Face's logits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from support.hf_opt import VARIANTS, config_of, logits, metaseq_weights, tiny_opt
+
+from metaseq_api.kernels import have_triton
+
+if not have_triton():
+    pytest.skip("triton is not installed; torch's CUDA builds bring it", allow_module_level=True)
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+
+from metaseq_api.core import Batch, BatchItem
+from metaseq_api.kernels.decode_attention import decode_attention
+from metaseq_api.model.cache import KVCache
+from metaseq_api.model.decode_step import DecodeSteps
+from metaseq_api.model.opt import OPT
+from metaseq_api.model.paged import plan_paged
+from metaseq_api.model.weights import TensorWeights
+from metaseq_api.parallel.context import ParallelContext
+
+BLOCK = 16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str) -> None:
+    hf = tiny_opt(variant)
+    model = OPT(config_of(hf), ParallelContext(), torch.float32)
+    model.load(TensorWeights(metaseq_weights(hf)))
+    cache = KVCache(model.config, ParallelContext(), torch.float32, num_blocks=12, block_size=BLOCK)
+    steps = DecodeSteps(model, cache, decode_attention, capture=False)
+    texts, tables = ([2, *range(9, 48)], [2, *range(60, 94)]), ((7, 3, 9), (0, 11, 4))
+    done, got = [0, 0], ([], [])  # type: tuple[list[int], tuple[list[torch.Tensor], list[torch.Tensor]]]
+    for nums in ((36, 20), (1, 12), (1, 1), (1, 1), (1, 1)):
+        items = tuple(
+            BatchItem(
+                start=start,
+                token_ids=tuple(text[start : start + num]),
+                block_ids=table[: -(-(start + num) // BLOCK)],
+                num_logits=num,
+                num_prompt=0 if num == 1 else num,
+            )
+            for text, table, start, num in zip(texts, tables, done, nums, strict=True)
+        )
+        batch = Batch(items=items)
+        with torch.inference_mode():
+            plan = plan_paged(batch, cache, torch.device("cpu"), decode_attention)
+            found = steps.run(batch) if steps.takes(batch) else model.logits(model(plan, cache))
+        assert found is not None
+        for s, part in enumerate(found.clone().split(nums)):
+            got[s].append(part)
+            done[s] += nums[s]
+    for text, parts in zip(texts, got, strict=True):
+        torch.testing.assert_close(torch.cat(parts), logits(hf, text), atol=1e-4, rtol=0)
