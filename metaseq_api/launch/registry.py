@@ -193,8 +193,10 @@ def read_key(path: Path) -> str:
 
 def checked_key(key: str, where: str) -> str:
     """The key, if HTTP can carry it. Raises: SettingsError, the key itself not being in it."""
-    if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
-        raise SettingsError(f"{where} holds no usable key: it takes 8 or more printable characters without blanks")
+    if not key.isascii() or not key.isprintable() or " " in key or not 16 <= len(key) <= 256:  # as the server has it
+        raise SettingsError(
+            f"{where} holds no usable key: it must be one of 16 to 256 printable ASCII characters without blanks"
+        )
     return key
 
 

@@ -215,7 +215,7 @@ def test_a_service_on_four_nodes_has_one_record_and_ends_as_a_whole(
 def test_a_service_that_was_killed_is_told_as_ended_though_its_record_says_ready(
     manage: Manage, registry: Registry, light: list[str]
 ) -> None:
-    assert manage(*light, "--name", "a")[0] == 0
+    assert manage(*light, "--name", "a", "--no-requeue")[0] == 0
     (rank,) = [p for p in processes_of(registry) if p.cmdline()[-1] == "rank0/1"]
     rank.kill()
     standing = until(lambda: (s := service.look(registry, "a")).has_ended and s, "SLURM to see it")
@@ -278,11 +278,11 @@ def test_what_slurm_refuses_leaves_nothing_behind(manage: Manage, registry: Regi
 
 
 def test_a_key_is_for_its_user_alone(manage: Manage, registry: Registry, light: list[str], tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("correct-horse\n")
+    (tmp_path / "mine").write_text("correct-horse-battery\n")
     code, out, err = manage(*light, "--name", "a", "--key-file", str(tmp_path / "mine"))
     assert code == 0, err
     job = job_of(registry, "a")
-    assert (registry.path("a") / "key").read_text() == "correct-horse\n"
+    assert (registry.path("a") / "key").read_text() == "correct-horse-battery\n"
     assert oct((registry.path("a") / "key").stat().st_mode & 0o777) == "0o600"
     assert oct(registry.folder.stat().st_mode & 0o777) == "0o700"
     shown = subprocess.run(["scontrol", "show", "job", "-d", job], capture_output=True, text=True, check=True).stdout
@@ -290,7 +290,7 @@ def test_a_key_is_for_its_user_alone(manage: Manage, registry: Registry, light: 
     assert ranks
     log = registry.log_file("a", job).read_text()
     records = [p.read_text() for p in registry.path("a").glob("*.json")]
-    assert "correct-horse" not in "".join([out, err, shown, log, *records, *ranks])
+    assert "correct-horse-battery" not in "".join([out, err, shown, log, *records, *ranks])
 
 
 def test_options_of_sbatch_reach_slurm(manage: Manage, registry: Registry, light: list[str]) -> None:
