@@ -87,7 +87,7 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
     assert "plan: of 80 GiB a GPU: room for" in err
     for line in ("#SBATCH --partition=gpu", "#SBATCH --time=30", "#SBATCH --nice", "#SBATCH --gpus-per-node=1"):
         assert line in out.splitlines()
-    assert out.endswith(" --service demo --dtype bf16\n")
+    assert " --service demo --dtype bf16 &\n" in out
     assert list(tmp_path.iterdir()) == []
 
 
