@@ -7,6 +7,7 @@ Knows /proc and signals. Does not know ranks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 STACK_S = 0.3
 """Units: seconds that it has to write its stack."""
 ASK_FOR_STACK = (signal.SIGQUIT, signal.SIGCONT, signal.SIGQUIT)
-"""To one that is stopped: what is pending when it goes on is heard first, but by any thread; the second by the main."""
+"""To one that is stopped, to its main thread: the first is pending when it goes on, or else the second comes."""
 _STATES = {
     "T": "stopped, by SIGSTOP",
     "t": "stopped, by a debugger",
@@ -25,6 +26,12 @@ _STATES = {
     "R": "running",
     "S": "waiting",
 }
+
+
+def to_main_thread(pid: int, signum: int) -> None:
+    """Signal a process's main thread, whose stack is wanted; `kill` leaves the choice among its threads to the kernel."""
+    if ctypes.CDLL(None).tgkill(pid, pid, signum):
+        raise ProcessLookupError(pid)
 
 
 def state_of(pid: int) -> str:
@@ -47,7 +54,7 @@ def show_stack_and_kill(pid: int) -> str:
     state = state_of(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         for signum in ASK_FOR_STACK:
-            os.kill(pid, signum)
+            to_main_thread(pid, signum)
         threading.Event().wait(STACK_S)
         os.kill(pid, signal.SIGKILL)
     return state

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from metaseq_api import errors
 from metaseq_api.errors import MetaseqApiError, RankFailed, ResourceError
 from metaseq_api.launch.order import Order, read_last_words
-from metaseq_api.launch.post_mortem import is_held
+from metaseq_api.launch.post_mortem import ASK_FOR_STACK, is_held, to_main_thread
 from metaseq_api.launch.rendezvous import RankInfo
 
 HOST_MODULE = "metaseq_api.host"
@@ -65,7 +65,9 @@ class Child:
         return is_held(self.process.pid)
 
     def send(self, signum: int) -> None:
-        if self.alive:
+        if self.alive and signum in ASK_FOR_STACK:
+            to_main_thread(self.process.pid, signum)
+        elif self.alive:
             self.process.send_signal(signum)
 
 
