@@ -29,7 +29,7 @@ _STATES = {
 
 
 def to_main_thread(pid: int, signum: int) -> None:
-    """Signal a process's main thread, whose stack is wanted; `kill` leaves the choice among its threads to the kernel."""
+    """Signal a process's main thread, whose stack is wanted; `kill` leaves the choice of a thread to the kernel."""
     if ctypes.CDLL(None).tgkill(pid, pid, signum):
         raise ProcessLookupError(pid)
 
