@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.processes import clean_env, gone, until
+from support.processes import DEADLINE_S, clean_env, gone, until
 
 DOOR = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "metaseq_api.cli.interactive_hosted"]
 
@@ -42,6 +42,12 @@ class Service:
         assert self.process.stderr
         with self.process.stderr as said:
             self.lines.extend(line.rstrip() for line in said)
+
+    def said(self) -> list[str]:
+        """All it said, once every process that could say more has ended."""
+        self._listener.join(DEADLINE_S)
+        assert not self._listener.is_alive(), "somebody still holds its standard error"
+        return self.lines
 
     @property
     def url(self) -> str | None:
