@@ -217,7 +217,7 @@ def _num_ranks(chosen: Settings, placement: rendezvous.Placement, num_gpus: int)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    from metaseq_api.server.run import bind  # Flask is not loaded for --help, nor on nodes that do not serve
+    from metaseq_api.server.port import bind
 
     return bind(host, port)
 

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.recorder import Recorder, recorded
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.launch.signals import heard
+from metaseq_api.launch.startup import StartUp
 from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
@@ -54,6 +55,7 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
+Opener = Callable[[Path], "Checkpoint | WholeCheckpoint"]
 _SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", re.IGNORECASE)
 
 
@@ -71,17 +73,33 @@ class Prepared:
     threads: int
 
 
-def run_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms) -> int:
+def run_rank(
+    settings: Settings,
+    rank: RankInfo,
+    sock: socket.socket | None,
+    terms: Terms,
+    open_weights: Opener = open_checkpoint,
+) -> int:
     """Be one rank until the service ends; the exit code. `sock` is rank 0's listening socket.
 
     Raises: MetaseqApiError, with nothing left half-started.
     """
+    startup = StartUp.of_this_process(supervised=rank.supervised)
     with recorded(settings, rank, sock) as recorder:
-        return _be_rank(settings, rank, sock, terms, recorder)
+        ready = prepare(settings, rank, open_weights)
+        startup.lap("checkpoint")
+        return _be_rank(settings, ready, rank, sock, terms, recorder, startup)
 
 
-def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, terms: Terms, recorder: Recorder) -> int:
-    ready = prepare(settings, rank)
+def _be_rank(
+    settings: Settings,
+    ready: Prepared,
+    rank: RankInfo,
+    sock: socket.socket | None,
+    terms: Terms,
+    recorder: Recorder,
+    startup: StartUp,
+) -> int:
     torch.set_num_threads(ready.threads)
     with resolved(rank.init, rank.rank, settings.interface) as (init, listen_fd):
         context = join(
@@ -93,18 +111,20 @@ def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
             listen_fd=listen_fd,
         )
     peers = sign_in(context, rank.node, os.getpid())
+    startup.lap("meeting")
     with explained(rank, ready.device, context, peers):
-        worker = load(ready, context, settings, recorder)
+        worker = load(ready, context, settings, recorder, startup)
         channel = Channel(context)
         if not context.is_driver:
             ignore_stops()
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
+        startup.lap("other ranks")
         if not context.is_driver:
             follow(worker, channel)
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock, terms, recorder)
+            code = serve(settings, ready, worker, channel, sock, terms, recorder, startup)
     leave(context)
     return code
 
@@ -128,9 +148,9 @@ def explained(
         raise _explain(e, rank, context, list(peers)) from e
 
 
-def prepare(settings: Settings, rank: RankInfo) -> Prepared:
+def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_checkpoint) -> Prepared:
     """Check everything that can be checked cheaply. Raises: MetaseqApiError."""
-    checkpoint = open_checkpoint(settings.checkpoint)
+    checkpoint = open_weights(settings.checkpoint)
     config = checkpoint.config
     config.check_parallel(rank.world_size)
     max_seq_len = settings.max_seq_len or config.max_positions
@@ -169,8 +189,15 @@ def prepare(settings: Settings, rank: RankInfo) -> Prepared:
     )
 
 
-def load(ready: Prepared, context: ParallelContext, settings: Settings, recorder: Recorder | None = None) -> Worker:
+def load(
+    ready: Prepared,
+    context: ParallelContext,
+    settings: Settings,
+    recorder: Recorder | None = None,
+    startup: StartUp | None = None,
+) -> Worker:
     """Read this rank's slice of the weights, rank 0 saying how far it itself is, and make its cache."""
+    startup = startup or StartUp.of_this_process(supervised=False)
     num_blocks = context.least(ready.memory.num_blocks)  # now: after reading, ranks may be minutes apart
     model = OPT(ready.config, context, ready.dtype)
     with progress_bar("loading") if context.is_driver else contextlib.nullcontext(None) as begin:
@@ -179,10 +206,19 @@ def load(ready: Prepared, context: ParallelContext, settings: Settings, recorder
         else:
             total = driver_bytes(ready.checkpoint, context.tensor_size)
             listeners = [begin(total), *([recorder.loading(total)] if recorder else [])]
-            model.load(Counted(ready.checkpoint, lambda done: [told(done) for told in listeners]))
+            model.load(
+                Counted(
+                    ready.checkpoint,
+                    lambda done: [told(done) for told in listeners],
+                    lambda: startup.inside("reading", around="packing"),
+                )
+            )
+    startup.lap("packing")
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
     worker = Worker(model, cache, graphs=settings.cuda_graphs)
+    startup.lap("cache")
     worker.prepare(settings.max_batch_size)
+    startup.lap("steps")
     return worker
 
 
@@ -194,6 +230,7 @@ def serve(
     sock: socket.socket,
     terms: Terms,
     recorder: Recorder,
+    startup: StartUp,
     hooks: Hooks | None = None,
 ) -> int:
     """Rank 0: answer requests until told to end; the exit code.
@@ -211,7 +248,8 @@ def serve(
         drain.start()
         server.start()
         recorder.ready()
-        print_banner(settings, ready, worker, sock)
+        startup.lap("server")
+        print_banner(settings, ready, worker, sock, startup)
         countdown = Countdown(hooks or Hooks(), server.url, terms.end_time)
         countdown.start()
         engine.run()
@@ -266,8 +304,8 @@ def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Ch
     )
 
 
-def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket) -> None:
-    """Say what is served, where, and what to type."""
+def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket, startup: StartUp) -> None:
+    """Say what is served, how long that took, where it is, and what to type."""
     from metaseq_api.server.keys import curl_header
 
     host, port = sock.getsockname()[:2]
@@ -287,6 +325,7 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: sock
         ready.device.type,
         cache.num_blocks * cache.block_size,
     )
+    log.info("ready after %s", startup.told())
     log.info("ready on http://%s:%d/ ; try:\n%s", shown, port, curl_line(shown, port, prompt, curl_header(settings)))
 
 

@@ -5,6 +5,8 @@ Knows which tensors are split over ranks. Does not know which of them a rank tak
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,26 +19,29 @@ from metaseq_api.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The same tensors; `told` hears of the bytes of each slice once it was read."""
+    """The same tensors; `told` hears of the bytes of each slice once it was read, each read is within a `timed`."""
 
     checkpoint: Checkpoint | WholeCheckpoint
     told: Progress
+    timed: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def tensor(self, name: str) -> CountedTensor:
-        return CountedTensor(self.checkpoint.tensor(name), self.told)
+        return CountedTensor(self.checkpoint.tensor(name), self.told, self.timed)
 
 
 @dataclass(frozen=True, slots=True)
 class CountedTensor:
     source: LogicalTensor | BoxedTensor
     told: Progress
+    timed: Callable[[], AbstractContextManager[object]]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        out = self.source.read(dim, start, stop)
+        with self.timed():
+            out = self.source.read(dim, start, stop)
         self.told(out.nbytes)
         return out
 

@@ -23,6 +23,11 @@ LEAST_ROWS = 4
 depend on whether it has neighbours. From 2 rows on they did not, in any shape tried. Four cost no more than one (12
 layers of 768 x 3072: fp32 6.7 ms instead of 8.2, bf16 3.3 instead of 3.6; 2 took 10.2 and 4.2; 2026-11-20, EPYC Zen 4).
 """
+MOST_ROWS = 32
+"""In bf16 on a CPU with AMX no more rows are multiplied at once: from 33 on oneDNN cuts the sum over the inputs by how
+many rows and threads there are, into up to seven ways for one weight; 1 to 32 rows had the same bits in every shape
+tried (2026-11-28, a Xeon with AMX; `test_same_bits`). Long prompts pay: 0.5 of the full rate, and it is still AMX.
+"""
 
 
 class Source(Protocol):
@@ -50,6 +55,7 @@ class Linear(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None = None
         self.packed = False
+        self.most = _most_rows(context.device, dtype)
 
     def keep(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take these as this rank's weight and bias."""
@@ -68,6 +74,8 @@ class Linear(nn.Module):
         """Shapes: x [T, I] -> [T, O]. `activation` is none, relu or gelu (tanh form)."""
         if self._few(x):
             return self.forward(_padded(x), activation)[: x.shape[0]]
+        if self.most is not None and len(x) > self.most:
+            return torch.cat([self.forward(few, activation) for few in x.split(self.most)])
         if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
             return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
         if self.packed and activation != "gelu":
@@ -82,6 +90,9 @@ class Linear(nn.Module):
         """residual + forward(x), in one kernel where there is one."""
         if self._few(x):
             return Linear.add_to(self, _padded(residual), _padded(x))[: x.shape[0]]
+        if self.most is not None and len(x) > self.most:
+            pairs = zip(residual.split(self.most), x.split(self.most), strict=True)
+            return torch.cat([Linear.add_to(self, r, few) for r, few in pairs])
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
             return y
@@ -168,6 +179,12 @@ def _packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's own layout serves: 2 to 2.5 times faster at one row in fp32 (2026-11-20, EPYC Zen 5)."""
     onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return onednn and device.type == "cpu" and dtype != torch.float16
+
+
+def _most_rows(device: torch.device, dtype: torch.dtype) -> int | None:
+    """Of how many rows at most a product may be made for each to have its own bits, where that is bounded."""
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return MOST_ROWS if amx and dtype == torch.bfloat16 else None
 
 
 def _padded(x: Tensor) -> Tensor:

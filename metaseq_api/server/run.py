@@ -8,7 +8,6 @@ of the pool is held only while a request runs, and by none that streams: `channe
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import resource
 import select
@@ -21,10 +20,10 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
-from metaseq_api.errors import PortInUse, SettingsError
 from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
 from metaseq_api.server.doorway import keep_out
+from metaseq_api.server.port import explain
 
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
@@ -35,50 +34,6 @@ LAST_WORDS_S = 1.0
 FRESH_S = 1.0
 """Units: seconds that those let in last get to send their request, which is then answered like any other."""
 _TICK_S = 0.05
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take a port, without listening yet: clients are refused until `Server` is made. Port 0 takes a free one.
-
-    Raises: PortInUse; SettingsError where this machine has no such address, or the port needs privileges.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError):
-        raise _no_address(host) from None
-    family, kind, proto, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, proto)
-    try:
-        try:
-            sock.bind(address)
-        except OSError as e:
-            if e.errno != errno.EADDRINUSE:
-                raise
-            # Perhaps only connections of an earlier run, on their way out; this way they are no hindrance. Not tried
-            # first, for two sockets that both reuse an address, neither listening yet, would get the same port.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-    except OSError as e:
-        sock.close()
-        raise _explain(e, host, port) from None
-    return sock
-
-
-def _explain(error: OSError, host: str, port: int) -> PortInUse | SettingsError:
-    if error.errno == errno.EADDRINUSE:
-        return PortInUse(
-            f"port {port} on {host} is taken by another program; stop that or choose another with --port "
-            "(--port 0 takes a free one)"
-        )
-    if error.errno == errno.EACCES:
-        return SettingsError(f"port {port} needs privileges this user lacks; choose one from 1024 up with --port")
-    if error.errno == errno.EADDRNOTAVAIL:
-        return _no_address(host)
-    return SettingsError(f"cannot listen on port {port} of {host} ({error.strerror}); try other --host and --port")
-
-
-def _no_address(host: str) -> SettingsError:
-    return SettingsError(f"--host {host} is not an address of this machine; use 127.0.0.1 or 0.0.0.0")
 
 
 def _connection_limit() -> int:
@@ -115,7 +70,7 @@ class Server:
             )
         except OSError as e:
             sock.close()
-            raise _explain(e, host, port) from None
+            raise explain(e, host, port) from None
         self._waitress.channel_class = Channel
         self._waitress.wake = self._wake
         self._waitress.hanging_up = False

@@ -12,7 +12,8 @@ from support.engines import running_engine
 
 from metaseq_api.engine.engine import Engine
 from metaseq_api.server.app import create_app
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
 

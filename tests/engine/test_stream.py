@@ -19,7 +19,8 @@ from metaseq_api.core import Completion, Delta, FinishReason, Request, SamplingP
 from metaseq_api.engine.engine import Engine
 from metaseq_api.errors import EngineStopped, MetaseqApiError, RequestError
 from metaseq_api.server.app import create_app
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
 DEADLINE_S = 30.0

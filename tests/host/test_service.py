@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -90,6 +91,15 @@ def test_any_files_at_any_tensor_parallel_size_give_one_answer(
     assert len(service.ranks) == ranks
     service.process.send_signal(signal.SIGINT)
     assert service.end(5) == 0
+
+
+def test_a_service_tells_how_long_it_took_and_where_that_went(start: Start) -> None:
+    service = start()
+    told = next(m for line in service.lines if (m := re.search(r"ready after ([\d.]+) s: (.*)", line)))
+    laps = {name: float(spent) for name, spent in (lap.rsplit(" ", 1) for lap in told[2].split(", "))}
+    assert {"door", "imports"} <= set(laps)
+    assert sum(laps.values()) <= float(told[1]) + 0.05 * (len(laps) + 1)  # each is rounded
+    assert laps["imports"] > laps["door"]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])

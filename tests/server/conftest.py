@@ -10,7 +10,8 @@ from flask.testing import FlaskClient
 from support.fake_engine import FakeEngine
 
 from metaseq_api.server.app import create_app
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
 

@@ -18,8 +18,9 @@ from metaseq_api.server.app import COMPLETION_PATHS, create_app
 from metaseq_api.server.guard import Guard
 from metaseq_api.server.key_file import Key, change_keys, make_key, new_secret
 from metaseq_api.server.keys import Keyring
+from metaseq_api.server.port import bind
 from metaseq_api.server.quota import Quotas
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
 ASK = {"prompt": "hi", "max_tokens": 4}

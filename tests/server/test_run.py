@@ -22,7 +22,8 @@ from support.fake_engine import FakeEngine
 
 from metaseq_api.errors import PortInUse, SettingsError
 from metaseq_api.server.app import MAX_BODY
-from metaseq_api.server.run import MAX_HEADER, Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import MAX_HEADER, Server
 
 DEADLINE_S = 20.0
 ASK = {"prompt": "hi", "max_tokens": 4}
@@ -378,7 +379,8 @@ import signal, sys
 sys.path.insert(0, "tests")
 from support.fake_engine import FakeEngine
 from metaseq_api.server.app import create_app
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 server = Server(create_app(FakeEngine(), Settings()), bind("127.0.0.1", 0), threads=2)
 signal.signal(signal.SIGTERM, lambda *_: server.stop(5))

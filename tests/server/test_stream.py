@@ -27,7 +27,8 @@ from werkzeug.test import EnvironBuilder
 from metaseq_api.errors import EngineStopped, MetaseqApiError
 from metaseq_api.server.app import COMPLETION_PATHS
 from metaseq_api.server.channel import MAX_UNREAD
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 
 DEADLINE_S = 20.0
 ASK = {"prompt": "hi", "max_tokens": 4, "stream": True}

@@ -24,7 +24,8 @@ from support.processes import until
 
 from metaseq_api.engine.engine import Engine
 from metaseq_api.server.app import create_app
-from metaseq_api.server.run import Server, bind
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
 NUM, BATCH, CLIENTS = 10_000, 1000, 12
