@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,14 @@ from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.limits import Limits
+from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
 from metaseq_api.launch.child import ignore_stops
 from metaseq_api.launch.countdown import Countdown, Hooks
 from metaseq_api.launch.drain import Drain
+from metaseq_api.launch.front_end import FrontEnd
 from metaseq_api.launch.meeting import resolved
 from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.recorder import Recorder, recorded
@@ -88,14 +91,15 @@ def run_rank(
     with recorded(settings, rank, sock) as recorder:
         ready = prepare(settings, rank, open_weights)
         startup.lap("checkpoint")
-        return _be_rank(settings, ready, rank, sock, terms, recorder, startup)
+        with _front_end(settings, ready, sock) as front:
+            return _be_rank(settings, ready, rank, front, terms, recorder, startup)
 
 
 def _be_rank(
     settings: Settings,
     ready: Prepared,
     rank: RankInfo,
-    sock: socket.socket | None,
+    front: FrontEnd | None,
     terms: Terms,
     recorder: Recorder,
     startup: StartUp,
@@ -123,8 +127,8 @@ def _be_rank(
             follow(worker, channel)
             code = 0
         else:
-            assert sock is not None
-            code = serve(settings, ready, worker, channel, sock, terms, recorder, startup)
+            assert front is not None
+            code = serve(settings, ready, worker, channel, front, terms, recorder, startup)
     leave(context)
     return code
 
@@ -227,7 +231,7 @@ def serve(
     ready: Prepared,
     worker: Worker,
     channel: Channel,
-    sock: socket.socket,
+    front: FrontEnd,
     terms: Terms,
     recorder: Recorder,
     startup: StartUp,
@@ -237,31 +241,50 @@ def serve(
 
     Raises: RankFailed, or the RuntimeError that says how, when the engine ended by itself.
     """
-    # only rank 0 needs these: a follower, and a machine without flask, never import them
-    from metaseq_api.server.app import create_app
-    from metaseq_api.server.run import Server
-
     engine = make_engine(settings, ready, worker, channel)
-    server = Server(create_app(engine, settings), sock)
+    cut_off = threading.Event()
+
+    def lose_front() -> None:
+        if not front.stopped:
+            cut_off.set()
+            engine.end_by(time.monotonic())
+
     with heard() as signals:
-        drain = Drain(engine, server, Deadline(terms), signals, recorder.draining)
+        drain = Drain(engine, front, Deadline(terms), signals, recorder.draining)
         drain.start()
-        server.start()
+        front.serve()
+        Outlet(engine, front.line, lose_front).start()
         recorder.ready()
         startup.lap("server")
-        print_banner(settings, ready, worker, sock, startup)
-        countdown = Countdown(hooks or Hooks(), server.url, terms.end_time)
+        print_banner(settings, ready, worker, front, startup)
+        countdown = Countdown(hooks or Hooks(), front.url, terms.end_time)
         countdown.start()
         engine.run()
         countdown.stop()
         signals.wake()
         if engine.failure is not None:
-            threading.Thread(target=server.stop, args=(0,), daemon=True).start()  # while the others are asked for
+            threading.Thread(target=front.stop, args=(0,), daemon=True).start()  # while the others are asked for
             if isinstance(engine.failure, RuntimeError):
                 raise engine.failure
             raise RankFailed("the engine failed; its stack is in the log above")
+        if cut_off.is_set():
+            raise RankFailed(front.ending())
         drain.join()
     return 0
+
+
+def _front_end(
+    settings: Settings, ready: Prepared, sock: socket.socket | None
+) -> contextlib.AbstractContextManager[FrontEnd | None]:
+    """Rank 0's: it gets ready to answer while the weights are read."""
+    if sock is None:
+        return contextlib.nullcontext(None)
+    facts = {
+        "model_name": _model_name(settings),
+        "max_seq_len": ready.max_seq_len,
+        "vocab_size": ready.config.vocab_size,
+    }
+    return FrontEnd(settings, sock, facts)
 
 
 def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext | None, peers: list[Peer]) -> RankFailed:
@@ -304,12 +327,10 @@ def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Ch
     )
 
 
-def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: socket.socket, startup: StartUp) -> None:
+def print_banner(settings: Settings, ready: Prepared, worker: Worker, front: FrontEnd, startup: StartUp) -> None:
     """Say what is served, how long that took, where it is, and what to type."""
     from metaseq_api.server.keys import curl_header
 
-    host, port = sock.getsockname()[:2]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     config, context, cache = ready.config, worker.model.context, worker.cache
     source = ready.checkpoint
     prompt = "Return the" if ready.tokenizer.vocab_size < 10000 else "Paris is the capital of France and"
@@ -326,13 +347,13 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, sock: sock
         cache.num_blocks * cache.block_size,
     )
     log.info("ready after %s", startup.told())
-    log.info("ready on http://%s:%d/ ; try:\n%s", shown, port, curl_line(shown, port, prompt, curl_header(settings)))
+    log.info("ready on %s/ ; try:\n%s", front.url, curl_line(front.url, prompt, curl_header(settings)))
 
 
-def curl_line(host: str, port: int, prompt: str, header: str = "") -> str:
+def curl_line(url: str, prompt: str, header: str = "") -> str:
     """A request to paste into a shell."""
     return (
-        f"curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json'{header} "
+        f"curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
         f'-d \'{{"prompt": "{prompt}", "max_tokens": 32, "temperature": 0}}\''
     )
 

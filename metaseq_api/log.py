@@ -9,9 +9,9 @@ import logging
 import sys
 
 
-def setup(rank: int | None = None, *, verbose: bool = False) -> None:
-    """Send this process's records to standard error, marked with `rank` where it is a service's."""
-    mark = "" if rank is None else f" rank{rank}"
+def setup(who: int | str = "", *, verbose: bool = False) -> None:
+    """Send this process's records to standard error, marked with who it is: a service's rank, or another part of it."""
+    mark = f" rank{who}" if isinstance(who, int) else f" {who}" if who else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s{mark} %(name)s: %(message)s", "%H:%M:%S"))
     root = logging.getLogger()

@@ -24,7 +24,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "tokenizer": ({"errors", "core"}, {"tokenizers"}),
     "kernels": (set(), TENSOR | {"triton"}),
     "parallel": (LOW | {"core", "kernels"}, TENSOR),
-    "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale"}),
+    "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale", "isal"}),
     "model": (LOW | {"core", "parallel", "kernels"}, TENSOR),
     "engine": (LOW | {"core", "scheduling", "tokenizer", "parallel", "model"}, {"torch"}),
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug", "jinja2", "prometheus_client"}),
@@ -37,13 +37,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "launch": (LOW | {"core"}, set()),
     "download": (LOW | {"core"}, set()),
     "demo": (set(), set()),
+    "front": (LOW | {"core", "launch", "server", "tokenizer"}, set()),
     "client": ({"errors"}, set()),
     "asking": (LOW | {"client", "local"}, set()),
     "__init__": ({"core", "llm"}, set()),
 }
 # what puts a rank, a model or a door's model together may know everything but the tops above itself
 TOPS = {"host": set(), "resident": {"host"}, "llm": {"resident"}, "local": {"resident"}}
-TOP_MAY = set(RULES) - {"__init__", "asking", "client"}
+TOP_MAY = set(RULES) - {"__init__", "asking", "client", "front"}
 DOOR_THIRD = TENSOR | {"tokenizers", "tqdm", "transformers"}
 FAIRSCALE_ONLY_IN = {"metaseq_api/checkpoint/trainer.py"}
 # where a broad except is the rim that turns anything into one answer, one line or one exit code

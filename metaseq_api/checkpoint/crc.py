@@ -11,12 +11,18 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 
 from metaseq_api.checkpoint.archive import Archive
 from metaseq_api.checkpoint.finding import Finding
 from metaseq_api.progress import Progress
+
+try:
+    from isal.isal_zlib import (
+        crc32 as crc32,
+    )  # the same numbers at 6.4 GB/s instead of 1.6 (2026-11-28, a core of a Xeon)
+except ImportError:  # a machine that only computes, with its own Python
+    from zlib import crc32 as crc32
 
 ENTRY = struct.Struct("<4s12xI8x3H12x")
 """A record in the directory: mark, checksum, and the lengths of name, extra field and comment after it."""
@@ -59,7 +65,7 @@ class Checker:
         self._seen.add((archive, name))
         crc = 0
         for block in archive.blocks(name):
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
             self._tell(len(block))
         if crc != stated and stated == 0:
             self._silent[archive] = self._silent.get(archive, 0) + 1

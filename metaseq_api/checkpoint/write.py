@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-import zlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ from metaseq_api.progress import Progress
 
 CHUNK = 64 << 20
 """Units: bytes written between two signs of progress."""
+FLUSH_S = 0.3
+"""Units: seconds between two times that the disk is told to write what it was given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +99,8 @@ def finished(path: Path, num_bytes: int) -> Iterator[tuple[int, Path]]:
             )
         with _locked(partial) as file:
             try:
-                yield file, partial
+                with _flushed(file):
+                    yield file, partial
                 os.fsync(file)
                 os.replace(partial, path)
             except BaseException:
@@ -112,6 +115,24 @@ def finished(path: Path, num_bytes: int) -> Iterator[tuple[int, Path]]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full while writing {path}; make room and run this again") from None
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _flushed(file: int) -> Iterator[None]:
+    """Have the disk write while more is made: by itself it would begin when all is there, and be waited for."""
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.wait(FLUSH_S):
+            os.fdatasync(file)
+
+    with ThreadPoolExecutor(1) as beside:
+        flushing = beside.submit(flush)
+        try:
+            yield
+        finally:
+            over.set()
+        flushing.result()  # or what the disk said: it tells each failure once
 
 
 @contextlib.contextmanager
@@ -163,7 +184,7 @@ def _fill(file: int, at: int, stream: Stream, progress: Progress, beside: Execut
     for chunk in map(Tensor.contiguous, stream.chunks()):
         assert chunk.dtype == stream.dtype, f"a chunk of {chunk.dtype} for a tensor of {stream.dtype}"
         assert chunk.numel() * chunk.itemsize <= end - at, "more numbers than the tensor has"
-        summed = beside.submit(zlib.crc32, _bytes(chunk), checksum)
+        summed = beside.submit(crc.crc32, _bytes(chunk), checksum)
         at = put(file, at, chunk, progress)
         checksum = summed.result()
     assert at == end, f"{end - at} bytes of a tensor were not written"

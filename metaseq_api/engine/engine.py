@@ -287,6 +287,7 @@ class Engine:
             if self._results is not None:  # before it is handed over: it may be asked for again at once
                 self._results.add(track.ticket.request, whole)
             track.ticket.end(whole)
+            self._told.add(track.ticket)
             self._drop(track.ticket)
 
     def _tell(self, track: Track, delta: Delta | None) -> None:

@@ -49,15 +49,7 @@ class Child:
     @property
     def ending(self) -> str:
         """How it ended, in words."""
-        code = self.process.returncode
-        if code >= 0:
-            return f"ended with exit code {code}"
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:  # a real-time signal
-            name = f"signal {-code}"
-        out_of_memory = " (by hand, or by the kernel or SLURM for want of memory)" if name == "SIGKILL" else ""
-        return f"was killed by {name}{out_of_memory}"
+        return ending(self.process.returncode)
 
     @property
     def is_stopped(self) -> bool:
@@ -79,24 +71,43 @@ def unnamed_file(files: contextlib.ExitStack) -> int:
         raise ResourceError(f"cannot make a temporary file: {e.strerror}; point TMPDIR to a folder with room") from e
 
 
+def ending(code: int) -> str:
+    """How a process ended, in words, by its return code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    out_of_memory = " (by hand, or by the kernel or SLURM for want of memory)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{out_of_memory}"
+
+
+def spawn(argv: Sequence[str], order: str, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a process that reads its order from standard input. Raises: OSError."""
+    # blocked across the exec: a Ctrl-C in the terminal must not reach a child that cannot ignore it yet
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    assert process.stdin
+    with contextlib.suppress(BrokenPipeError):  # it is dead already, as whoever watches it will find
+        process.stdin.write(order.encode())
+        process.stdin.close()
+    return process
+
+
 def start(order: Order, module: str, store: int) -> Child:
     """Start the rank that `order` says; it dies with the thread that calls this. Raises: ResourceError."""
     rank = order.rank
     safe_path = ["-P"] if sys.version_info >= (3, 11) else []
     argv = [sys.executable, *safe_path, "-m", "metaseq_api.launch.child", module, f"rank{rank.rank}/{rank.world_size}"]
     inherited = [store, order.words_fd, *([] if order.listen_fd is None else [order.listen_fd])]
-    # blocked across the exec: a Ctrl-C in the terminal must not reach a child that cannot ignore it yet
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)
+        process = spawn(argv, order.to_json(), inherited)
     except OSError as e:
         raise ResourceError(f"cannot start rank {rank.rank}: {e.strerror}; this machine is short of processes") from e
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    assert process.stdin
-    with contextlib.suppress(BrokenPipeError):  # it is dead already, as the watch will find
-        process.stdin.write(order.to_json().encode())
-        process.stdin.close()
     return Child(rank, process, order.words_fd)
 
 

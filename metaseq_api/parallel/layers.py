@@ -75,7 +75,7 @@ class Linear(nn.Module):
         if self._few(x):
             return self.forward(_padded(x), activation)[: x.shape[0]]
         if self.most is not None and len(x) > self.most:
-            return torch.cat([self.forward(few, activation) for few in x.split(self.most)])
+            return torch.cat([self.forward(few, activation) for few in torch.split(x, self.most)])
         if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
             return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
         if self.packed and activation != "gelu":
@@ -91,7 +91,7 @@ class Linear(nn.Module):
         if self._few(x):
             return Linear.add_to(self, _padded(residual), _padded(x))[: x.shape[0]]
         if self.most is not None and len(x) > self.most:
-            pairs = zip(residual.split(self.most), x.split(self.most), strict=True)
+            pairs = zip(torch.split(residual, self.most), torch.split(x, self.most), strict=True)
             return torch.cat([Linear.add_to(self, r, few) for r, few in pairs])
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")

@@ -8,7 +8,6 @@ of the pool is held only while a request runs, and by none that streams: `channe
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import resource
 import select
 import socket
@@ -20,6 +19,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
+from metaseq_api.core.address import local_url
 from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
 from metaseq_api.server.doorway import keep_out
@@ -81,14 +81,7 @@ class Server:
         self._runner: threading.Thread | None = None
         self._ended = threading.Event()
         self.host, self.port = str(host), int(port)
-
-    @property
-    def url(self) -> str:
-        """Where a client on this machine reaches it."""
-        address = ipaddress.ip_address(self.host.partition("%")[0])
-        if address.is_unspecified:
-            return f"http://{'127.0.0.1' if address.version == 4 else '[::1]'}:{self.port}"
-        return f"http://{address if address.version == 4 else f'[{address}]'}:{self.port}"
+        self.url = local_url(sock)
 
     def start(self) -> None:
         """Serve from a thread of its own."""

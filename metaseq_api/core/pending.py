@@ -1,0 +1,90 @@
+"""An answer that one thread fills and another waits for, or takes bit by bit.
+
+Knows when it is complete and in which order it is read. Does not know where it comes from: the engine's thread
+(`engine.ticket`) or the other end of a line (`server.remote`). Deltas wait here for their reader: no more than the
+whole answer would be, however slow it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from metaseq_api.core.completion import Completion, Delta
+from metaseq_api.errors import MetaseqApiError
+
+
+class PendingAnswer:
+    """Implements core.protocols.Answer, but for `cancel`."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._completions: list[Completion] = []
+        self._error: MetaseqApiError | None = None
+        self._deltas: deque[Delta] = deque()
+        self._wake: Callable[[], None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def result(self, timeout: float | None = None) -> list[Completion]:
+        """Units: seconds. Raises: TimeoutError; else what the request ended with."""
+        if not self._ended.wait(timeout):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._completions
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        if self._deltas or self.ended:  # before anybody watched
+            wake()
+
+    def take(self) -> list[Delta]:
+        """Raises: what the request ended with, once nothing is left."""
+        ended = self.ended  # looked at first: what comes before the end is there by then
+        taken = []
+        while self._deltas:
+            taken.append(self._deltas.popleft())
+        if ended and not taken and self._error is not None:
+            raise self._error
+        return taken
+
+    def events(self) -> Iterator[Delta]:
+        woken = threading.Event()
+        self.watch(woken.set)
+        while True:
+            woken.wait()
+            woken.clear()
+            ended = self.ended
+            taken = self.take()
+            yield from taken
+            if ended and not taken:
+                return
+            if ended:
+                woken.set()
+
+    # whoever fills it
+
+    def push(self, delta: Delta) -> None:
+        """Something to stream; `notify` tells of it."""
+        self._deltas.append(delta)
+
+    def notify(self) -> None:
+        """Wake whoever watches this."""
+        if self._wake is not None:
+            self._wake()
+
+    def end(self, completions: list[Completion]) -> None:
+        """Hand the answer over; `notify` tells those who watch."""
+        self._completions = completions
+        self._ended.set()
+
+    def fail(self, error: MetaseqApiError) -> None:
+        """End with an error, and wake whoever watches. The first ending counts."""
+        if not self.ended:
+            self._error = error
+            self._ended.set()
+            self.notify()

@@ -1,0 +1,104 @@
+"""The front end's life: a process that has HTTP, and asks the engine over a line; started by `launch.front_end`.
+
+    python -m metaseq_api.front        reads its FrontOrder from standard input
+
+It makes its app and its tokenizer while rank 0 still loads, listens when told, and ends when told, or when rank 0 has
+gone. No torch is loaded here, and no signal ends it: rank 0 hears them and says what to do.
+
+Puts `server` and the tokenizer together, as `host` does a rank; holds no logic of theirs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+from metaseq_api import log
+from metaseq_api.core.line import Line
+from metaseq_api.core.plain import error_to_plain
+from metaseq_api.errors import MetaseqApiError
+from metaseq_api.launch.child import die_with_parent, ignore_stops
+from metaseq_api.launch.front_end import FrontOrder
+from metaseq_api.server.app import create_app
+from metaseq_api.server.remote import Facts, RemoteEngine
+from metaseq_api.server.run import Server
+from metaseq_api.tokenizer import Tokenizer, find_files
+
+
+class Front:
+    """Hears one line, in a thread of its own, and serves in the caller's."""
+
+    def __init__(self, order: FrontOrder, line: Line) -> None:
+        settings, facts = order.settings, Facts(**order.facts)
+        self._line = line
+        files = find_files(settings.checkpoint, settings.bpe_vocab, settings.bpe_merges)
+        self.engine = RemoteEngine(line, facts, Tokenizer.load(*files, model_vocab_size=facts.vocab_size))
+        self._app = create_app(self.engine, settings)
+        self._sock = socket.socket(fileno=order.listen_fd)
+        self._server: Server | None = None
+        self._begun = threading.Event()
+        self._lost = False
+
+    def run(self) -> None:
+        """Serve when told, until told otherwise, or rank 0 has gone."""
+        threading.Thread(target=self._hear, name="line", daemon=True).start()
+        self._begun.wait()
+        if self._server is not None:
+            self._server.run()
+
+    def _hear(self) -> None:
+        for what, *of in self._line.messages():
+            if what == "serve":
+                self._serve()
+            elif what == "hang_up":
+                if self._server is not None:
+                    self._server.hang_up()
+            elif what == "stop":
+                self._stop(*of)
+            else:
+                self.engine.hear(what, *of)
+        self.engine.lose()
+        self._stop(0)
+
+    def _serve(self) -> None:
+        """Listen, or say why not."""
+        try:
+            self._server = Server(self._app, self._sock)
+        except MetaseqApiError as e:
+            self._line.send("refused", error_to_plain(e))
+        else:
+            self._line.send("serving")
+        self._begun.set()
+
+    def _stop(self, grace_s: float) -> None:
+        """In a thread of its own: answers still come by the line meanwhile."""
+        self._begun.set()
+        if self._server is not None:
+            threading.Thread(target=self._server.stop, args=(grace_s,), name="stop", daemon=True).start()
+
+
+def main() -> NoReturn:
+    """Be the front end that the order on standard input says."""
+    try:
+        order = FrontOrder.from_json("" if sys.stdin.isatty() else sys.stdin.read())
+    except (ValueError, KeyError, TypeError):
+        sys.exit("metaseq-api: error: this module is started by metaseq-api-local, not by hand")
+    die_with_parent(order.parent_pid)
+    ignore_stops()
+    faulthandler.register(signal.SIGQUIT, all_threads=False)
+    log.setup("front", verbose=order.verbose)
+    line = Line(socket.socket(fileno=order.line_fd))
+    try:
+        Front(order, line).run()
+    except MetaseqApiError as e:  # rank 0 hears it when it says `serve`
+        line.send("refused", error_to_plain(e))
+    os._exit(0)  # no thread may hold it
+
+
+if __name__ == "__main__":
+    main()

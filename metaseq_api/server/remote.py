@@ -1,0 +1,180 @@
+"""The engine as its front end sees it from a process of its own, at the other end of a line (`engine.outlet`).
+
+Implements core.protocols.EngineProtocol. Texts become tokens here, by a tokenizer of this process. Knows what is said
+on the line. Does not know routes, or the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metaseq_api.core import Completion, Delta, Health, Request, Stats
+from metaseq_api.core.line import Line
+from metaseq_api.core.pending import PendingAnswer
+from metaseq_api.core.plain import error_from_plain, from_plain, to_plain
+from metaseq_api.errors import EngineStopped, MetaseqApiError
+
+ASK_S = 2.0
+"""Units: seconds in which the engine's process says how it is, whatever its engine computes; else it is stuck."""
+_GONE = "the engine has ended; ask again elsewhere or later"
+
+
+class Coder(Protocol):
+    """A tokenizer, as much of it as is needed here."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Seq[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What never changes of an engine; as in EngineProtocol."""
+
+    model_name: str
+    max_seq_len: int
+    vocab_size: int
+
+
+class RemoteAnswer(PendingAnswer):
+    """Implements core.protocols.Answer."""
+
+    def __init__(self, on_cancel: Callable[[], object]) -> None:
+        super().__init__()
+        self._on_cancel = on_cancel
+        self.decided = threading.Event()
+        """Set once the engine has taken the request, or refused it."""
+        self.refusal: MetaseqApiError | None = None
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self._on_cancel()
+
+    def fail(self, error: MetaseqApiError) -> None:
+        if not self.decided.is_set():
+            self.refusal = error
+        super().fail(error)
+        self.decided.set()
+
+
+class RemoteEngine:
+    """Asks over `line`; whoever receives there has each message about the engine handled (`hear`, `lose`)."""
+
+    def __init__(self, line: Line, facts: Facts, coder: Coder) -> None:
+        self._line, self._facts = line, facts
+        self.encode, self.decode = coder.encode, coder.decode
+        self._numbers = itertools.count()
+        self._answers: dict[int, RemoteAnswer] = {}
+        self._questions: dict[int, queue.SimpleQueue[Any]] = {}
+        self._lock = threading.Lock()
+        self._lost = False
+
+    @property
+    def model_name(self) -> str:
+        return self._facts.model_name
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._facts.max_seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._facts.vocab_size
+
+    def submit(self, request: Request) -> RemoteAnswer:
+        """Raises: EngineStopped. What else the engine refuses it for, a stream raises here, any other in `result`."""
+        number = next(self._numbers)
+        answer = RemoteAnswer(lambda: self._line.send("cancel", number))
+        with self._lock:
+            if self._lost:
+                raise EngineStopped(_GONE)
+            self._answers[number] = answer
+        self._line.send("submit", number, to_plain(request))
+        if request.stream:
+            answer.decided.wait()  # until then the head of the answer may yet be an error's
+            if answer.refusal is not None:
+                raise answer.refusal
+        return answer
+
+    def health(self) -> Health:
+        plain = self._ask("health")
+        if plain is None:
+            return _unknown(alive=not self._lost)
+        return from_plain(Health, plain)
+
+    @property
+    def stats(self) -> Stats:
+        """Raises: EngineStopped where the engine's process does not answer."""
+        plain = self._ask("stats")
+        if plain is None:
+            raise EngineStopped("the engine's process does not answer; its counts are not known")
+        return from_plain(Stats, plain)
+
+    # what whoever receives calls
+
+    def hear(self, what: str, *of: Any) -> None:
+        """Handle one message."""
+        if what == "told":
+            for number, deltas in of[0]:
+                self._tell(number, deltas)
+            return
+        number, said = of
+        if what in ("health", "stats"):
+            if (question := self._questions.get(number)) is not None:
+                question.put(said)
+            return
+        with self._lock:
+            answer = self._answers.pop(number)
+        if what == "answered":
+            answer.end(from_plain(list[Completion], said))
+            answer.notify()
+        else:
+            assert what == "failed", what
+            answer.fail(error_from_plain(said))
+
+    def lose(self) -> None:
+        """The other side has gone: nobody waits any longer."""
+        with self._lock:
+            self._lost = True
+            answers = list(self._answers.values())
+            self._answers.clear()
+        for answer in answers:
+            answer.fail(EngineStopped(_GONE))
+
+    def _tell(self, number: int, deltas: list[Any]) -> None:
+        answer = self._answers[number]
+        for plain in deltas:
+            answer.push(from_plain(Delta, plain))
+        answer.decided.set()
+        answer.notify()
+
+    def _ask(self, what: str) -> Any:
+        """What the other side says of itself; None where it says nothing in time."""
+        number, said = next(self._numbers), queue.SimpleQueue[Any]()
+        self._questions[number] = said
+        try:
+            return said.get(timeout=ASK_S) if not self._lost and self._line.send(what, number) else None
+        except queue.Empty:
+            return None
+        finally:
+            del self._questions[number]
+
+
+def _unknown(*, alive: bool) -> Health:
+    return Health(
+        alive=alive,
+        reason=f"the engine's process (rank 0) gave no sign of life for {ASK_S:.0f} s" if alive else _GONE,
+        num_running=0,
+        num_waiting=0,
+        num_free_blocks=0,
+        num_blocks=0,
+        rank_age_s=(),
+        stuck=alive,
+        ready=False,
+    )
