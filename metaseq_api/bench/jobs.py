@@ -65,8 +65,9 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
     made = ours(_subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests)))
     _check_window(made.ready.config, args.longest + args.new_tokens, "--longest")
     sides = _sides(made, args.against)
-    roof = _roofline(made.ready.config, made.ready.dtype, made.ready.device, args)
-    levels = throughput.measure(sides, asked, say)
+    probes = limits.Probes(made.ready.device, made.ready.dtype)
+    levels = throughput.measure(sides, asked, say, probes.take)
+    roof = probes.roofline(made.ready.config, _context_len(args))
     rows = [row for level in levels for row in level.rows]
     return Outcome(
         lines=cells(rows),
@@ -94,14 +95,17 @@ def measure_serve(args: Args, say: Say) -> Outcome:
     )
     if args.url:
         with clients(*_address(args.url)) as order:
-            levels, roof = serve.measure(order, asked, say), None
+            levels, roof = serve.measure(order, asked, say, lambda: None), None
     else:
         of = _subject(args)
         config, dtype, device = of.look()
         _check_window(config, args.longest + args.new_tokens, "--longest")
-        roof = _roofline(config, dtype, device, args)
+        torch.set_num_threads(of.settings.threads or num_cores())
+        probes = limits.Probes(device, dtype)
+        probes.take()
         with service(of) as running, clients(running.host, running.port) as order:
-            levels = serve.measure(order, asked, say)
+            levels = serve.measure(order, asked, say, probes.take)
+        roof = probes.roofline(config, _context_len(args))
     return Outcome(
         lines=serve.cells(levels, asked),
         figures={"levels": [dataclasses.asdict(level) for level in levels]} | (_limits(roof) if roof else {}),
@@ -188,16 +192,10 @@ def _check_window(config: ModelConfig, wanted: int, flag: str) -> None:
         )
 
 
-def _roofline(config: ModelConfig, dtype: torch.dtype, device: torch.device, args: Args) -> limits.Roofline:
-    """Probed before anything else computes."""
-    torch.set_num_threads(args.threads or num_cores())
-    return limits.Roofline(
-        config=config,
-        dtype=dtype,
-        bandwidth=max(limits.bandwidth(device) for _ in range(4)),
-        operations=limits.multiplying(device, dtype),
-        context_len=(args.shortest + args.longest + args.new_tokens) // 2,
-    )
+def _context_len(args: Args) -> int:
+    """In the middle of an answer to a middling prompt. Units: tokens."""
+    middle: int = (args.shortest + args.longest + args.new_tokens) // 2
+    return middle
 
 
 def _limits(roof: limits.Roofline) -> dict[str, float]:
@@ -205,7 +203,8 @@ def _limits(roof: limits.Roofline) -> dict[str, float]:
 
 
 def _told(roof: limits.Roofline) -> str:
-    return f"limits: {shown(roof.bandwidth / 1e9)} GB/s, {shown(roof.operations / 1e9)} GFLOP/s, both probed before"
+    rates = f"{shown(roof.bandwidth / 1e9)} GB/s, {shown(roof.operations / 1e9)} GFLOP/s"
+    return f"limits: {rates}, the best of this run's probes"
 
 
 def _kept(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,31 @@ def multiplying(device: torch.device, dtype: torch.dtype) -> float:
     with torch.inference_mode():
         spent = min(gpu_speed.seconds(lambda: layer(rows), device) for _ in range(5))
     return 2 * WIDTH * WIDTH * ROWS / spent
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What the machine did at the moments when it was probed. Units: B/s, operations/s."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bandwidths: list[float] = field(default_factory=list)
+    operations: list[float] = field(default_factory=list)
+
+    def take(self) -> None:
+        """Probe both, now; nothing else should compute meanwhile."""
+        self.bandwidths.append(bandwidth(self.device))
+        self.operations.append(multiplying(self.device, self.dtype))
+
+    def roofline(self, config: ModelConfig, context_len: int) -> Roofline:
+        """By the best moment of each."""
+        return Roofline(
+            config=config,
+            dtype=self.dtype,
+            bandwidth=max(self.bandwidths),
+            operations=max(self.operations),
+            context_len=context_len,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

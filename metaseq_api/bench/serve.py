@@ -75,19 +75,24 @@ def arrivals(rate: float, num: int, seed: int) -> list[float]:
     return at
 
 
-def measure(order: Order, load: Load, say: Callable[[str], object]) -> list[Level]:
-    """Every level, one after the other, once warm. Raises: ServiceError where nothing was answered."""
+def measure(order: Order, load: Load, say: Callable[[str], object], probe: Callable[[], object]) -> list[Level]:
+    """Every level, one after the other, once warm; the machine is probed after each, when the service is idle.
+
+    Raises: ServiceError where nothing was answered.
+    """
     _ask(order, load, load.bodies(2, "warm"), None, 2)
     levels = []
     for num in load.concurrency:
         bodies = load.bodies(load.requests or max(16, 4 * num), f"{load.seed}-{num}-at-once")
         levels.append(summary(f"{num} at once", _ask(order, load, bodies, None, num), load))
+        probe()
         say(f"{num} at once: done")
     for rate in load.rates:
         num = load.requests or max(16, round(30 * rate))
         bodies = load.bodies(num, f"{load.seed}-{rate}-a-second")
         said = _ask(order, load, bodies, arrivals(rate, num, load.seed), num)
         levels.append(summary(f"{rate:g} a second", said, load))
+        probe()
         say(f"{rate:g} requests a second: done")
     return levels
 

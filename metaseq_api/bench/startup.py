@@ -69,4 +69,6 @@ def cells(starts: Sequence[Start]) -> list[list[str]]:
     lines = [["seconds", *(f"start {i + 1}" for i in range(len(starts)))]]
     lines.append(["from the command to the first token", *(shown(s.first_token) for s in starts)])
     lines.append(["from the command until ready", *(shown(s.ready) for s in starts)])
-    return lines + [[f"- {name}", *(shown(s.laps[name]) if name in s.laps else "" for s in starts)] for name in laps]
+    for name in laps:  # told in tenths
+        lines.append([f"- {name}", *(f"{s.laps[name]:.1f}" if name in s.laps else "" for s in starts)])
+    return lines

@@ -43,13 +43,16 @@ class Level:
         return [self.all, self.prefill, self.decode, self.step]
 
 
-def measure(sides: Mapping[str, Generate], load: Load, say: Callable[[str], object]) -> list[Level]:
-    """Every level, in turns."""
+def measure(
+    sides: Mapping[str, Generate], load: Load, say: Callable[[str], object], probe: Callable[[], object]
+) -> list[Level]:
+    """Every level, in turns; the machine is probed before each."""
     levels = [_level(num, load) for num in load.requests]
     for generate in sides.values():
         generate(load.prompts(max(load.requests), "warm"), 4)
     for turn in range(load.rounds):
         for level in levels:
+            probe()
             for side, generate in sides.items():
                 _once(level, side, generate, load, str(turn))
         say(f"round {turn + 1} of {load.rounds} done")

@@ -86,9 +86,15 @@ def watched(
         now = clock() - began
         while len(answers) < len(bodies) and (len(running) < concurrency if at is None else at[len(answers)] <= now):
             answers.append(Answer(now if at is None else at[len(answers)]))
-            sock = _send(host, port, bodies[len(answers) - 1])
+            try:
+                sock = _send(host, port, bodies[len(answers) - 1])
+            except OSError as e:
+                answers[-1].error = f"no connection to {host}:{port}: {e.strerror or e}"
+                continue
             running[sock.fileno()] = sock, answers[-1]
             poller.register(sock, select.EPOLLIN)
+        if not running and len(answers) == len(bodies):
+            break  # nobody was let in
         wait = None if at is None or len(answers) == len(bodies) else max(at[len(answers)] - (clock() - began), 0)
         for fd, _ in poller.poll(wait):
             sock, answer = running[fd]

@@ -37,7 +37,7 @@ def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.Monk
 
 def test_prompt_tokens_are_never_counted_as_output() -> None:
     asked = throughput.Load(rounds=1, requests=(4,), new_tokens=11, shortest=50, longest=50)
-    (level,) = throughput.measure({"ours": side}, asked, lambda text: None)
+    (level,) = throughput.measure({"ours": side}, asked, lambda text: None, lambda: None)
     assert level.all.median("ours") == pytest.approx(4 * 11 / (2 + 1))
     assert level.prefill.median("ours") == pytest.approx(100)
     assert level.decode.median("ours") == pytest.approx(40)

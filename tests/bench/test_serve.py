@@ -95,6 +95,13 @@ def test_no_more_streams_are_open_than_was_asked_for(server: tuple[int, list[int
     assert all(a["due"] < a["events"][0] <= a["events"][-1] for a in answers)
 
 
+def test_a_server_that_is_not_there_is_an_error_of_each_request() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        answers = watched("127.0.0.1", taken.getsockname()[1], [request({})] * 3, at=[0.0, 0.01, 0.02], concurrency=1)
+    assert [a["error"].partition(": ")[2] for a in answers] == ["Connection refused"] * 3
+
+
 def test_a_request_counts_from_when_it_was_due(server: tuple[int, list[int]]) -> None:
     port, _ = server
     answers = watched("127.0.0.1", port, [request({})] * 3, at=[0.0, 0.05, 0.06], concurrency=3)
@@ -142,7 +149,7 @@ def test_what_is_made_of_the_answers_is_right() -> None:
 def test_where_nothing_is_answered_the_reason_is_the_error() -> None:
     answers = [{"due": 0.0, "events": [], "num_tokens": 0, "error": "HTTP/1.1 401 Unauthorized"}]
     with pytest.raises(ServiceError, match="401 Unauthorized"):
-        serve.measure(lambda order: {"answers": answers, "cpu": 0.0}, serve.Load(concurrency=(1,)), print)
+        serve.measure(lambda order: {"answers": answers, "cpu": 0.0}, serve.Load(concurrency=(1,)), print, lambda: None)
 
 
 def test_what_a_service_tells_of_its_start_is_understood() -> None:
@@ -151,7 +158,7 @@ def test_what_a_service_tells_of_its_start_is_understood() -> None:
     assert (start.ready, start.first_token) == (4.1, 4.5)
     assert start.laps == {"door": 0.2, "imports": 1.9, "other ranks": 0.5}
     lines = startup.cells([start, startup.Start(ready=3, first_token=3.1, laps={"imports": 2.0})])
-    assert lines[-2:] == [["- imports", "1.90", "2.00"], ["- other ranks", "0.500", ""]]
+    assert lines[-2:] == [["- imports", "1.9", "2.0"], ["- other ranks", "0.5", ""]]
     with pytest.raises(ServiceError):
         startup.read(["nothing"], 1.0)
 
