@@ -53,7 +53,7 @@ def svg(title: str, series: Mapping[str, Points], roofline: Points = ()) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        _text(LEFT, 22, title, size=15),
+        _text(LEFT, 22, title),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "milliseconds a token of one stream", anchor="middle"),
         _text(20, (TOP + HEIGHT - BOTTOM) / 2, "output tokens a second, all streams", anchor="middle", turned=True),
         *(_tick(x, tick, across=True) for tick in x.ticks()),
@@ -90,10 +90,9 @@ def _text(
     says: str,
     *,
     anchor: str = "start",
-    size: int = 12,
     color: str = "#222",
     turned: bool = False,
 ) -> str:
     turn = f' transform="rotate(-90 {left} {top})"' if turned else ""
-    where = f'x="{left}" y="{top}" text-anchor="{anchor}" font-size="{size}" fill="{color}"'
+    where = f'x="{left}" y="{top}" text-anchor="{anchor}" font-size="12" fill="{color}"'
     return f"<text {where}{turn}>{escape(says)}</text>"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from metaseq_api.cli import bench
 
 from metaseq_api.bench import serve, startup
@@ -174,6 +175,15 @@ def test_a_service_is_started_swept_and_ended(tmp_path: Path, capsys: pytest.Cap
     levels = json.loads(kept.read_text())["figures"]["levels"]
     assert [level["num_failed"] for level in levels] == [0, 0]
     assert "roofline" in drawn.read_text()
+
+
+@pytest.mark.slow
+def test_the_front_end_is_measured_beside_the_engine_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--rounds", "1", "--streams", "4", "--new-tokens", "4", "--connections", "2", "--requests", "3"]
+    assert bench.main(["http", *few, "--threads", str(torch.get_num_threads())]) == 0
+    shown = capsys.readouterr().out
+    assert "one request at a time: added, p50" in shown
+    assert "4 streams: of the engine's" in shown
 
 
 @pytest.mark.slow
