@@ -4,6 +4,8 @@ VENV ?= .venv
 PORT ?= 6010
 BIN := $(VENV)/bin
 DEMO := run/demo
+BENCH = $(BIN)/metaseq-api-bench
+RUNS := run/bench
 PARTS := 0 1
 
 .PHONY: help serve test browser test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
@@ -15,7 +17,7 @@ help:
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
 	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
 	@echo "make lint types  ruff and mypy"
-	@echo "make bench       speed beside Hugging Face on the same weights, beside cp, beside plain reads"
+	@echo "make bench       every figure of docs/performance.md, beside Hugging Face, cp and plain reads, into that page"
 	@echo "make gpu-check   on a GPU: parity with Hugging Face, then a table of speeds; needs no install"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
@@ -71,11 +73,20 @@ lint: $(BIN)/.test
 types: $(BIN)/.test
 	$(BIN)/mypy
 
-bench: $(BIN)/.test
-	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype fp32 --against hf
-	$(BIN)/metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
-	$(BIN)/metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder run/bench
-	$(BIN)/metaseq-api-bench load --shape opt-1.3b --folder run/bench-load
+bench: $(BIN)/.test  # a quarter of an hour or two on two cores, with 24 GB of memory and 33 GB of disk for run/
+	$(BENCH) latency --shape opt-125m --dtype fp32 --against hf --json $(RUNS)/latency-125m-fp32.json
+	$(BENCH) latency --shape opt-125m --dtype bf16 --against hf --json $(RUNS)/latency-125m-bf16.json
+	$(BENCH) latency --shape opt-1.3b --dtype bf16 --against hf --new-tokens 64 --json $(RUNS)/latency-1.3b-bf16.json
+	$(BENCH) throughput --shape opt-125m --dtype fp32 --against hf --json $(RUNS)/throughput-125m-fp32.json
+	$(BENCH) throughput --shape opt-125m --dtype bf16 --against hf --json $(RUNS)/throughput-125m-bf16.json
+	$(BENCH) serve --shape opt-125m --dtype bf16 --concurrency 1 4 16 --plot docs/performance.svg --json $(RUNS)/serve-125m-bf16.json
+	$(BENCH) serve --shape opt-125m --dtype bf16 --rate 0.5 1 2 --json $(RUNS)/rate-125m-bf16.json
+	$(BENCH) startup --json $(RUNS)/startup-demo.json
+	$(BENCH) startup --shape opt-1.3b --dtype bf16 --json $(RUNS)/startup-1.3b-bf16.json
+	$(BENCH) http --json $(RUNS)/http-demo.json
+	$(BENCH) reshard --shape opt-1.3b --shards 8 --folder run/bench-reshard --json $(RUNS)/reshard-1.3b.json
+	$(BENCH) load --shape opt-1.3b --folder run/bench-load --json $(RUNS)/load-1.3b.json
+	$(BENCH) page $(RUNS) docs/performance.md
 
 gpu-check:
 	PYTHONPATH=. $(PYTHON) -m metaseq_api.bench.gpu_check

@@ -1,106 +1,58 @@
 """metaseq-api-bench: what is measured, each beside another way of doing the same in the same run.
 
-    metaseq-api-bench engine --shape opt-125m --dtype bf16 --against hf
-    metaseq-api-bench reshard --shape opt-1.3b --shards 8 --folder /scratch/bench
-    metaseq-api-bench load --shape opt-1.3b --folder /scratch/bench-load
+    metaseq-api-bench latency --shape opt-125m --dtype bf16 --against hf    one stream, and the share of the bandwidth
+    metaseq-api-bench throughput --shape opt-13b --requests 1 8 64 256      many at once, without HTTP
+    metaseq-api-bench serve --shape opt-125m --concurrency 1 4 16           through HTTP; or --rate 0.5 1, or --url URL
+    metaseq-api-bench startup --checkpoint /data/opt/1.3b                   from the command to the first token
+    metaseq-api-bench http                                                  what the front end costs
+    metaseq-api-bench reshard --folder /scratch/bench                       joining FSDP shards, beside cp
+    metaseq-api-bench load --folder /scratch/bench-load                     reading to serve, beside a plain read
+    metaseq-api-bench page run/bench docs/performance.md                    kept runs into the page's tables
 
-engine: tokens a second of random weights, beside Hugging Face's `generate`. reshard: joining FSDP shards, beside `cp`
-and beside metaseq's way (load everything, join, save). load: reading a checkpoint to serve it, beside a plain read of
-the same bytes. The files that reshard and load need are made in the folder first and kept there.
+Random weights of --shape are made on the device; --checkpoint DIR measures real ones. A table goes to the terminal, all
+figures to --json FILE, throughput against latency with the roofline to --plot FILE.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from metaseq_api.bench import engine, load, reshard
-from metaseq_api.checkpoint.checkpoint import DTYPES
+from metaseq_api.bench import flags, jobs, report
+from metaseq_api.bench.figures import as_text
+from metaseq_api.bench.plot import svg
 from metaseq_api.checkpoint.door import guarded
-from metaseq_api.core.config import OPT_SHAPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and with --json write the figures."""
-    args = _parser().parse_args(argv)
-    return guarded(lambda: args.job(args))
+    """Measure, print a table, and keep the figures where --json says."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = flags.parser(__doc__).parse_args(argv)
+    return guarded(lambda: write_page(args) if args.kind == "page" else measure(args, argv))
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def bench_engine(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sides = engine.sides(OPT_SHAPES[args.shape], DTYPES[args.dtype], device, args.against)
-    asked = engine.Load(
-        rounds=args.rounds,
-        prompt_len=args.prompt_len,
-        new_tokens=args.new_tokens,
-        prefill_len=args.prefill_len,
-        requests=args.requests,
-    )
-    figures = engine.measure(sides, asked, say)
-    print(f"{args.shape} {args.dtype}, {device}, {args.threads} threads, torch {torch.__version__}")
-    print("\n".join(engine.table(figures)))
+def measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """One job, from its flags to what is shown and kept."""
+    found = jobs.JOBS[args.kind](args, say)
+    kept = report.make(argv, found.lines, found.figures, headline=found.headline)
+    print("\n".join(line for line in (found.headline, f"{kept['machine']}; commit {kept['commit']}") if line))
+    print(as_text(found.lines))
     if args.json:
-        arguments = {name: value for name, value in vars(args).items() if name != "job"}
-        Path(args.json).write_text(json.dumps({"arguments": arguments, "figures": figures}, indent=1))
+        report.write(kept, args.json)
+    if getattr(args, "plot", None) and found.curves:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        args.plot.write_text(svg(kept["command"], found.curves, found.roofline), "utf-8")
 
 
-def bench_reshard(args: argparse.Namespace) -> None:
-    figures = reshard.measure(args.folder, OPT_SHAPES[args.shape], args.shards, args.rounds, say)
-    total = sum(path.stat().st_size for path in args.folder.glob("*shard*.pt"))
-    print(f"{args.shape}, {args.shards} shards of {total / 1e9:.2f} GB in all, optimizer state left out")
-    print("\n".join(reshard.table(figures)))
-
-
-def bench_load(args: argparse.Namespace) -> None:
-    files = load.make(args.folder, OPT_SHAPES[args.shape], say)
-    files = {layout: files[layout] for layout in args.layouts}
-    figures = load.measure(files, args.ranks, args.rounds, args.dtype, say)
-    total = sum(path.stat().st_size for path in files[args.layouts[0]])
-    print(f"{args.shape}, fp16 files of {total / 1e9:.2f} GB; load: as {args.dtype} on the CPU, once, packing included")
-    print("\n".join(load.table(figures)))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metaseq-api-bench", description="Measure, beside other ways.")
-    kinds = parser.add_subparsers(required=True, metavar="engine | reshard | load")
-    p = kinds.add_parser("engine", help="tokens a second")
-    p.set_defaults(job=bench_engine)
-    p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-125m")
-    p.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    p.add_argument("--device", choices=["cpu", "cuda"])
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--against", choices=["none", "hf"], default="none", help="measure Hugging Face beside")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--prompt-len", type=int, default=128)
-    p.add_argument("--new-tokens", type=int, default=128)
-    p.add_argument("--prefill-len", type=int, default=1024)
-    p.add_argument("--requests", type=int, default=32)
-    p.add_argument("--json", help="write all figures here")
-    p = kinds.add_parser("reshard", help="joining FSDP shards")
-    p.set_defaults(job=bench_reshard)
-    p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-1.3b")
-    p.add_argument("--shards", type=int, default=8)
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--folder", type=Path, required=True, help="where 17 bytes a parameter are free")
-    p = kinds.add_parser("load", help="reading a checkpoint to serve it")
-    p.set_defaults(job=bench_load)
-    p.add_argument("--shape", choices=sorted(OPT_SHAPES), default="opt-1.3b")
-    p.add_argument("--layouts", choices=sorted(load.LAYOUTS), nargs="+", default=list(load.LAYOUTS))
-    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    p.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of what is kept (default: fp32)")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--folder", type=Path, required=True, help="where 6 bytes a parameter are free")
-    return parser
+def write_page(args: argparse.Namespace) -> None:
+    """Every table of the page anew, from the runs that were kept."""
+    runs = report.read_runs(args.runs)
+    args.page.write_text(report.fill(args.page.read_text("utf-8"), runs), "utf-8")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 from metaseq_api.checkpoint.checkpoint import DTYPES, Checkpoint
-from metaseq_api.checkpoint.counted import Counted, driver_bytes
+from metaseq_api.checkpoint.counted import Counted, Loadable, driver_bytes
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import glance
-from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
@@ -58,7 +57,7 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
-Opener = Callable[[Path], "Checkpoint | WholeCheckpoint"]
+Opener = Callable[[Path], Loadable]
 _SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", re.IGNORECASE)
 
 
@@ -66,7 +65,7 @@ _SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", r
 class Prepared:
     """All that was checked before anything large is read or any other rank is met."""
 
-    checkpoint: Checkpoint | WholeCheckpoint
+    checkpoint: Loadable
     config: ModelConfig
     tokenizer: Tokenizer
     device: torch.device

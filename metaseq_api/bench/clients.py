@@ -1,7 +1,8 @@
 """Clients of a completion server, many in one thread: raw sockets, epoll, and as little work for a byte as there is, so
 that little of the machine that is measured goes to the measuring; what does is told.
 
-Knows HTTP as far as this server speaks it. Does not know what is measured or why. Imports neither torch nor the server.
+Knows HTTP as far as this server speaks it; `watched` knows as much of others. Does not know what is measured or why.
+Imports neither torch nor the server.
 """
 
 from __future__ import annotations
@@ -11,33 +12,42 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from metaseq_api.bench.watching import watched
+
+PATH = "/v1/completions"
 _DONE = b"data: [DONE]"
 
 
 def child(host: str, port: int) -> None:
     """Read orders, one JSON object a line, from stdin; answer each with a line: {"seconds": [...], "cpu": ...}.
 
-    An order is {"what": "streams" | "requests", "num": connections, "bodies": [one for each], "for_s": ...}.
+    An order is {"what": "streams", "bodies": [...]}, {"what": "requests", "bodies": [...], "num_each": ...}, or
+    {"what": "watched", "bodies": [...], "headers": [...], "at": [seconds] or None, "concurrency": ...}.
     """
     for line in sys.stdin:
         order = json.loads(line)
-        bodies = [_request(body) for body in order["bodies"]]
+        bodies = [request(body, order.get("path", PATH), order.get("headers", ())) for body in order["bodies"]]
         began, cpu = time.perf_counter(), time.process_time()
+        out: dict[str, Any] = {}
         if order["what"] == "streams":
-            seconds = streams(host, port, bodies)
+            out["seconds"] = streams(host, port, bodies)
+        elif order["what"] == "watched":
+            out["answers"] = watched(host, port, bodies, at=order["at"], concurrency=order["concurrency"])
         else:
-            seconds = requests(host, port, bodies, order["num_each"])
-        out = {"seconds": seconds, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - began}
+            out["seconds"] = requests(host, port, bodies, order["num_each"])
+        out |= {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - began}
         sys.stdout.write(json.dumps(out) + "\n")
         sys.stdout.flush()
 
 
-def _request(body: dict[str, Any]) -> bytes:
+def request(body: dict[str, Any], path: str = PATH, headers: Sequence[str] = ()) -> bytes:
+    """What goes over the wire."""
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: "
-    return f"{head}{len(data)}\r\n\r\n".encode() + data
+    lines = [f"POST {path} HTTP/1.1", "Host: bench", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode() + data
 
 
 def _connect(host: str, port: int, num: int) -> dict[int, socket.socket]:

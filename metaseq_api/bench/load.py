@@ -169,18 +169,15 @@ def read_plain(paths: Sequence[Path], rank: int, num_ranks: int) -> list[torch.T
     return kept
 
 
-def table(figures: Mapping[Key, Sequence[Figure]]) -> list[str]:
-    """Medians in GB/s with the range, and reading beside the plain read of the same bytes."""
-    lines = []
+def cells(figures: Mapping[Key, Sequence[Figure]]) -> list[list[str]]:
+    """A head, and a line for each layout, ranks and state: medians with the range; reads beside the plain one's."""
+    lines = [["layout", "ranks", "pages", *(f"{way}, GB/s" for way in WAYS), "read/plain"]]
     for layout, num, state in dict.fromkeys(key[:3] for key in figures):
-        cells, middles = [], {}
+        line, middles = [LAYOUTS[layout], str(num), state], {}
         for other in WAYS:
             rates = [f.gb_per_s for f in figures.get((layout, num, state, other), ())]
             if rates:
                 middles[other] = statistics.median(rates)
-                cells.append(f"{other} {middles[other]:6.2f} ({min(rates):.2f}-{max(rates):.2f})")
-        ratio = middles["read"] / middles["plain"]
-        lines.append(
-            f"  {LAYOUTS[layout]:<26} {num} rank(s) {state}  GB/s  {'   '.join(cells)}  read/plain {ratio:.2f}"
-        )
+            line.append(f"{middles[other]:.2f} ({min(rates):.2f}-{max(rates):.2f})" if rates else "")
+        lines.append([*line, f"{middles['read'] / middles['plain']:.2f}"])
     return lines

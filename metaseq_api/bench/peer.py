@@ -1,24 +1,53 @@
-"""Hugging Face's OPT of any of our shapes, with our weights: the oracle and the rival of `gpu_check`.
+"""Hugging Face's OPT of any of our shapes, with our weights: the oracle of `gpu_check`, and the rival everywhere.
 
 transformers is imported only when a model is made.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaseq_api.core import ModelConfig
-from metaseq_api.model.weights import DeviceWeights
+from metaseq_api.errors import SettingsError
+from metaseq_api.parallel.layers import Source, read_whole
 
 Generated = list[list[int]]
 
 
-def hugging_face(config: ModelConfig, weights: DeviceWeights, device: torch.device, dtype: torch.dtype) -> Any:
-    """An OPTForCausalLM with these weights, ready to run."""
-    from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
+class _Told:
+    """A streamer, as `generate` knows them."""
+
+    def __init__(self, told: Callable[[], object]) -> None:
+        self._told = told
+
+    def put(self, value: Tensor) -> None:
+        self._told()
+
+    def end(self) -> None:
+        pass
+
+
+class Weights(Protocol):
+    """Any that our own model can be loaded from."""
+
+    def tensor(self, name: str) -> Source: ...
+
+
+def hugging_face(config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """An OPTForCausalLM with these weights, ready to run.
+
+    Raises: SettingsError where it is not installed, or has no such model.
+    """
+    try:
+        from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
+    except ImportError:
+        raise SettingsError("--against hf needs Hugging Face's library: pip install transformers") from None
+    if not (config.tied_output and config.bias):
+        raise SettingsError("--against hf measures models with biases and a tied output; leave it out for this one")
 
     shape = OPTConfig(
         vocab_size=config.vocab_size,
@@ -38,7 +67,7 @@ def hugging_face(config: ModelConfig, weights: DeviceWeights, device: torch.devi
         for name, p in model.model.decoder.named_parameters():
             name = name.replace("project_in.", "project_in_dim.").replace("project_out.", "project_out_dim.")
             name = "layer_norm" + name[len("final_layer_norm") :] if name.startswith("final_layer_norm") else name
-            p.copy_(weights.tensor(f"decoder.{name}").value)
+            p.copy_(read_whole(weights.tensor(f"decoder.{name}")))
     model.tie_weights()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=1, bos_token_id=2, eos_token_id=None)
     return model
@@ -53,14 +82,27 @@ def logits(model: Any, token_ids: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: Any, prompts: Generated, num: int, *, static: bool = False, banned: list[int] | None = None
+    model: Any,
+    prompts: Generated,
+    num: int,
+    *,
+    static: bool = False,
+    banned: list[int] | None = None,
+    told: Callable[[], object] | None = None,
 ) -> Generated:
-    """Continue prompts of one length by `num` tokens, greedily; `static`: on a cache of fixed size, compiled."""
-    ids = torch.tensor(prompts, device=model.device)
+    """Continue prompts by `num` tokens, greedily, padded on the left; `static`: on a cache of fixed size, compiled.
+
+    `told` hears of the prompts before they are computed, then of each token of all.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[1] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     more: dict[str, Any] = {"cache_implementation": "static"} if static else {}
     if banned is not None:
         more["suppress_tokens"] = banned
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, **more)
+    if told is not None:
+        more["streamer"] = _Told(told)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=num, **more)
     assert out.shape[1] == ids.shape[1] + num, out.shape
     found: Generated = out[:, ids.shape[1] :].tolist()
     return found

@@ -204,15 +204,13 @@ def measure(
     return figures
 
 
-def table(figures: Mapping[str, Sequence[Figure]]) -> list[str]:
-    """Medians with the range, beside cp's."""
+def cells(figures: Mapping[str, Sequence[Figure]]) -> list[list[str]]:
+    """A head, and a line for each way: medians with the range, beside cp's."""
     base = statistics.median(f.gb_per_s for f in figures["cp"])
-    lines = []
+    lines = [["way", "GB/s written", "of cp", "peak anonymous memory, MB"]]
     for way, runs in figures.items():
         rates = [f.gb_per_s for f in runs]
         middle = statistics.median(rates)
-        lines.append(
-            f"  {way:<9} {middle:6.2f} GB/s ({min(rates):.2f}-{max(rates):.2f})  {middle / base:5.2f} of cp  "
-            f"peak anonymous memory {max(f.peak_anon for f in runs) / 1e6:8.0f} MB"
-        )
+        peak = max(f.peak_anon for f in runs) / 1e6
+        lines.append([way, f"{middle:.2f} ({min(rates):.2f}-{max(rates):.2f})", f"{middle / base:.2f}", f"{peak:.0f}"])
     return lines

@@ -1,0 +1,133 @@
+"""What is kept of a run: its figures with the command, the machine, the commit and the versions that made them.
+
+Also the page that is quoted (docs/performance.md): its tables stand between two marks that name a run, and are written
+anew from that run's file; what was not run is taken out. Knows files. Does not know what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaseq_api import __version__
+from metaseq_api.bench.figures import as_markdown
+from metaseq_api.errors import SettingsError
+from metaseq_api.machine import num_cores
+
+MARK = re.compile(r"<!-- run (?P<name>[\w.-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
+REPO = Path(__file__).parents[2]
+
+
+def make(argv: Sequence[str], lines: Sequence[Sequence[str]], figures: object, *, headline: str = "") -> dict[str, Any]:
+    """All that is kept, as JSON knows it. `lines`: the table, its head first."""
+    return {
+        "command": shlex.join(["metaseq-api-bench", *_told(argv)]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "commit": commit(),
+        "versions": versions(),
+        "headline": headline,
+        "table": [list(line) for line in lines],
+        "figures": figures,
+    }
+
+
+def _told(argv: Sequence[str]) -> list[str]:
+    """The command without where its figures went, which changes nothing."""
+    told, skip = [], False
+    for word in argv:
+        if not skip and not word.startswith(("--json=", "--plot=")) and word not in ("--json", "--plot"):
+            told.append(word)
+        skip = not skip and word in ("--json", "--plot")
+    return told
+
+
+def machine() -> str:
+    """In words: the processor and the cores this process may use; the GPU where torch sees one."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags][:1]
+    virtual = ", a virtual machine" if "hypervisor" in flags else ""
+    told = f"{num_cores()} cores of {name} ({', '.join(known)}{virtual})"
+    return f"{torch.cuda.get_device_name()}; {told}" if torch.cuda.is_available() else told
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured, ours and theirs; the rival's only where it took part."""
+    out = {"metaseq-api": __version__, "Python": sys.version.split()[0], "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        try:
+            out["transformers"] = version("transformers")
+        except PackageNotFoundError:
+            out["transformers"] = "unknown"
+    return out
+
+
+def commit() -> str:
+    """Of the checkout that this file is in, marked where it was changed since; "unknown" elsewhere."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(REPO), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Keep it; a reader never finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    part.replace(path)
+
+
+def rendered(report: dict[str, Any]) -> str:
+    """A run as it stands on the page."""
+    names = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    more = f" {report['headline'][:1].upper()}{report['headline'][1:]}." if report["headline"] else ""
+    lines = [
+        f"    {report['command']}",
+        "",
+        f"{report['machine']}; commit {report['commit']}, {report['date']}; {names}.{more}",
+        "",
+    ]
+    return "\n".join([*lines, *as_markdown(report["table"])]) + "\n"
+
+
+def fill(page: str, runs: dict[str, dict[str, Any]]) -> str:
+    """The page with every marked place written from the run of its name, or emptied. Raises: SettingsError."""
+    marked = {found["name"] for found in MARK.finditer(page)}
+    if unknown := sorted(runs.keys() - marked):
+        raise SettingsError(
+            f"the page has no place for {', '.join(unknown)}; add <!-- run {unknown[0]} --> and <!-- end -->"
+        )
+
+    def one(found: re.Match[str]) -> str:
+        name = found["name"]
+        body = f"\n{rendered(runs[name])}\n" if name in runs else ""
+        return f"<!-- run {name} -->\n{body}<!-- end -->\n"
+
+    return MARK.sub(one, page)
+
+
+def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every run that is kept in a folder, by the name of its file. Raises: SettingsError where there is none."""
+    runs = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not runs:
+        raise SettingsError(f"no run is kept in {folder} (*.json); make bench writes them there")
+    return runs

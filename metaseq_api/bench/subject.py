@@ -1,0 +1,137 @@
+"""What is measured: random weights of a published shape or a real checkpoint, for our engine and for Hugging Face's.
+
+Random weights are made on the device when they are read, so that no file is needed and any shape can be measured that
+fits; they are the same numbers for everybody who reads them in one run. Does not know what is measured of them.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaseq_api import host
+from metaseq_api.bench import peer
+from metaseq_api.checkpoint.checkpoint import DTYPES
+from metaseq_api.checkpoint.counted import Loadable
+from metaseq_api.checkpoint.opening import open_checkpoint
+from metaseq_api.checkpoint.rules import split_dim
+from metaseq_api.core import ModelConfig
+from metaseq_api.core.config import OPT_SHAPES, tensor_shapes
+from metaseq_api.engine.channel import Channel
+from metaseq_api.engine.engine import Engine
+from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.model.weights import DeviceWeights
+from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.settings import DEMO, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """One whole tensor of random numbers, made when it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    weights: DeviceWeights
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def split(self) -> int | None:
+        return split_dim(self.name)
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        return self.weights.tensor(self.name).read(dim, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """Stands where a checkpoint stands, and has no files."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    num_parts: int = 1
+    num_shards: int = 1
+
+    def names(self) -> list[str]:
+        return list(tensor_shapes(self.config))
+
+    def tensor(self, name: str) -> RandomTensor:
+        weights = DeviceWeights(self.config, self.device, self.dtype)
+        return RandomTensor(name, tensor_shapes(self.config)[name], self.dtype, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to be measured. `shape` names random weights; None: the checkpoint of the settings."""
+
+    settings: Settings
+    shape: str | None
+
+    def open(self, path: Path) -> Loadable:
+        """What `host.prepare` opens. Raises: CheckpointError."""
+        if self.shape is None:
+            return open_checkpoint(path)
+        device, config = default_device(self.settings.device), OPT_SHAPES[self.shape]
+        return RandomModel(config, device, default_dtype(self.settings, config, device))
+
+    def look(self) -> tuple[ModelConfig, torch.dtype, torch.device]:
+        """How it will be run, without loading it. Raises: CheckpointError."""
+        device, config = default_device(self.settings.device), self.open(self.settings.checkpoint).config
+        return config, default_dtype(self.settings, config, device), device
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Our engine, to be run in the thread that made it, and what was prepared for it."""
+
+    engine: Engine
+    ready: host.Prepared
+
+
+def subject(shape: str | None, checkpoint: Path | None, settings: Settings) -> Subject:
+    """Random weights of a shape, or a checkpoint. The demo's tokenizer goes with the former."""
+    if shape is None:
+        assert checkpoint is not None
+        return Subject(replace(settings, checkpoint=checkpoint, demo=checkpoint == DEMO), None)
+    vocab, merges = DEMO / "vocab.json", DEMO / "merges.txt"
+    return Subject(replace(settings, checkpoint=Path(shape), bpe_vocab=vocab, bpe_merges=merges), shape)
+
+
+def default_device(named: str | None) -> torch.device:
+    """As the service chooses it; of several GPUs the current one."""
+    return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_dtype(settings: Settings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """As the service chooses it."""
+    return DTYPES[settings.dtype or (config.dtype if device.type == "cuda" else "fp32")]
+
+
+def ours(of: Subject) -> Ours:
+    """Load it into this process, over one rank, to be run in this thread: a second one that computes would slow both.
+
+    Raises: MetaseqApiError.
+    """
+    alone = RankInfo(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, node=socket.gethostname(), init="file:///dev/null"
+    )
+    ready = host.prepare(of.settings, alone, of.open)
+    torch.set_num_threads(ready.threads)
+    context = ParallelContext(device=ready.device)
+    worker = host.load(ready, context, of.settings)
+    return Ours(host.make_engine(of.settings, ready, worker, Channel(context)), ready)
+
+
+def theirs(ready: host.Prepared) -> Any:
+    """Hugging Face's model of the same weights, on the same device. Raises: SettingsError where it is not installed."""
+    return peer.hugging_face(ready.config, ready.checkpoint, ready.device, ready.dtype)

@@ -1,0 +1,120 @@
+"""One stream and many, without HTTP: what is asked of both sides, and what is made of the times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from metaseq_api.cli import bench
+
+from metaseq_api.bench import latency, subject, throughput, work
+from metaseq_api.core.config import OPT_SHAPES, ModelConfig
+from metaseq_api.settings import DEMO, Settings
+
+CONFIG = ModelConfig(num_layers=1, hidden_dim=16, num_heads=4, ffn_dim=32, vocab_size=4096, max_positions=512)
+READY: Any = SimpleNamespace(config=CONFIG, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def side(prompts: list[list[int]], num: int) -> work.Times:
+    """One that takes 10 ms for each token of a prompt, and 100 ms for each step after the first token."""
+    first = 0.01 * sum(map(len, prompts))
+    return work.Times(first=first, made=len(prompts), whole=first + 0.1 * (num - 1))
+
+
+def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "bandwidth", lambda device: 1e9)
+    asked = latency.Load(rounds=2, prompt_len=50, new_tokens=11, prefill_len=200)
+    rows, probes = latency.measure({"ours": side}, READY, asked, lambda text: None)
+    first, each, rate, share, prefill = (row.median("ours") for row in rows)
+    assert (first, each, rate, prefill) == pytest.approx((500, 100, 10, 100))
+    assert share == pytest.approx(latency.share_of_bandwidth(CONFIG, torch.float32, 55.5, 0.1, [1e9]))
+    assert len(probes) == 2
+
+
+def test_prompt_tokens_are_never_counted_as_output() -> None:
+    asked = throughput.Load(rounds=1, requests=(4,), new_tokens=11, shortest=50, longest=50)
+    (level,) = throughput.measure({"ours": side}, asked, lambda text: None, lambda: None)
+    assert level.all.median("ours") == pytest.approx(4 * 11 / (2 + 1))
+    assert level.prefill.median("ours") == pytest.approx(100)
+    assert level.decode.median("ours") == pytest.approx(40)
+    assert level.step.median("ours") == pytest.approx(100)
+    assert throughput.points([level], "ours") == [pytest.approx((0.1, 40))]
+
+
+def test_both_sides_tell_when_the_last_first_token_was_there() -> None:
+    of = subject.subject(None, DEMO, Settings(threads=torch.get_num_threads()))
+    made = subject.ours(of)
+    now = iter(float(i) for i in range(1000))
+    prompts = work.mixed(3, "x", 4, 8)
+    ours = work.by_engine(made.engine, lambda: next(now))(prompts, 5)
+    assert (ours.first, ours.made, ours.whole) == (1.0, 3, 2.0)  # one look at the clock at each of the three moments
+    now = iter(float(i) for i in range(1000))
+    theirs = work.by_peer(subject.theirs(made.ready), lambda: next(now))(prompts, 5)
+    assert (theirs.first, theirs.made, theirs.whole) == (2.0, 3, 7.0)  # the prompts, then five tokens
+    assert ours.rate_after(15) == 12
+
+
+def test_prompts_are_of_the_same_lengths_each_time_and_never_the_same() -> None:
+    one, two = work.mixed(8, "a"), work.mixed(8, "b")
+    assert [len(p) for p in one] == [len(p) for p in two]
+    assert all(64 <= len(p) <= 256 for p in one)
+    assert not any(p == q for p, q in zip(one, two, strict=True))
+
+
+def test_both_sides_are_measured_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(OPT_SHAPES, "opt-125m", CONFIG)
+    few = ["--rounds", "1", "--new-tokens", "4", "--threads", str(torch.get_num_threads()), "--against", "hf"]
+    kept = tmp_path / "kept.json"
+    assert bench.main(["latency", *few, "--prompt-len", "4", "--prefill-len", "8", "--json", str(kept)]) == 0
+    assert "Hugging Face" in capsys.readouterr().out
+    told = json.loads(kept.read_text())
+    assert "--json" not in told["command"]
+    assert {"torch", "transformers"} <= set(told["versions"])
+    assert [line[0] for line in told["table"]][1:] == [row["what"] for row in told["figures"]["rows"]]
+    assert all(set(row["values"]) == {"ours", "hf"} for row in told["figures"]["rows"])
+
+    drawn = tmp_path / "drawn.svg"
+    lengths = ["--shortest", "4", "--longest", "8", "--requests", "1", "2"]
+    assert bench.main(["throughput", *few, *lengths, "--plot", str(drawn)]) == 0
+    assert "2 at once: decode alone" in capsys.readouterr().out
+    assert "roofline" in drawn.read_text()
+
+
+def test_a_checkpoint_is_measured_as_a_shape_is(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = str(Path(bench.__file__).parents[1] / "metaseq_api/demo")
+    few = ["--rounds", "1", "--new-tokens", "4", "--prompt-len", "4", "--prefill-len", "8", "--against", "hf"]
+    assert bench.main(["latency", "--checkpoint", demo, *few, "--threads", str(torch.get_num_threads())]) == 0
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_a_prompt_that_the_window_does_not_hold_is_refused_by_its_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(OPT_SHAPES, "opt-125m", CONFIG)
+    assert bench.main(["latency", "--prefill-len", "512", "--threads", str(torch.get_num_threads())]) == 2
+    assert "window is 512; lower --prefill-len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "JOB"),
+        (["latency", "--new-tokens", "1"], "one token has no time after it"),
+        (["throughput", "--plot", "x.png"], "does not end in .svg"),
+        (["serve", "--rate", "0"], "not a number of requests a second"),
+        (["latency", "--shape", "opt-13b", "--checkpoint", "x"], "not allowed with"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_a_reason(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(argv)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
