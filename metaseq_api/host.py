@@ -39,6 +39,7 @@ from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.recorder import Recorder, recorded
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.launch.signals import heard
+from metaseq_api.launch.successor import hooks_of
 from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
@@ -104,7 +105,7 @@ def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock, terms, recorder)
+            code = serve(settings, ready, worker, channel, sock, terms, recorder, hooks_of(settings, terms.end_time))
     leave(context)
     return code
 
