@@ -84,6 +84,17 @@ step=$!
 until wait "$step"; code=$?; [ "$lost" ] || [ "$code" -le 128 ] || ! kill -0 "$step" 2>/dev/null; do :; done # or a trap
 [ -z "$lost" ] || code=20
 
+info=$(scontrol show job "$job")
+case $info in # where preemption has a GraceTime, SLURM takes a job that ends within it for done
+*JobState=RUNNING*\ PreemptTime=[0-9]*)
+    case $info in
+    *Requeue=1*)
+        echo "metaseq-api: preempted; queued again" >&2
+        scontrol requeue "$job" && wait
+        ;;
+    esac
+    ;;
+esac
 case $code in
 20 | 13[0-9] | 14[0-9]) # a rank or node was lost; srun may say by which signal its last tasks ended
     if [ -z "$ending" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ] &&

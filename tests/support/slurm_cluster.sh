@@ -109,8 +109,15 @@ ReturnToService=2
 KillWait=${KILL_WAIT:-3}
 ${gres:+GresTypes=gpu}
 NodeName=$names NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$ports CPUs=$cpus RealMemory=4096 $gres
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 EOF
+    # a second partition of the same nodes, whose jobs push those of main aside: PREEMPT=REQUEUE or CANCEL
+    [ -z "${PREEMPT:-}" ] || cat >>"$dir/slurm.conf" <<EOF
+PreemptType=preempt/partition_prio
+PreemptMode=$PREEMPT
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+EOF
+    [ -z "${GRACE_TIME:-}" ] || sed -i "/^PartitionName=main /s/$/ GraceTime=$GRACE_TIME/" "$dir/slurm.conf"
 }
 
 start() { # FOLDER NODES GPUS CPUS
@@ -129,7 +136,7 @@ start() { # FOLDER NODES GPUS CPUS
         slurmd -N "fake$i" >>"$dir/slurmd-fake$i.log" 2>&1 || fail "$(tail -3 "$dir/slurmd-fake$i.log")"
     done
     for ((i = 0; i < 300; i++)); do
-        [ "$(sinfo -h -N -o %T 2>/dev/null | grep -c '^idle$' || true)" != "$nodes" ] || return 0
+        [ "$(sinfo -h -N -p main -o %T 2>/dev/null | grep -c '^idle$' || true)" != "$nodes" ] || return 0
         sleep 0.1
     done
     fail "the nodes did not become idle: $(sinfo -h -N -o '%N %T' 2>&1 | tr '\n' ' ')"
