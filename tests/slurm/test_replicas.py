@@ -30,7 +30,7 @@ LONG = {"prompt": "Return the", "max_tokens": 300, "temperature": 0, "ignore_eos
 @pytest.fixture(scope="module")
 def conf() -> Iterator[Path]:
     """Four nodes of four CPUs, and SLURM's own KillWait."""
-    need_haproxy()
+    need_haproxy(install=True)
     yield from slurm.cluster(nodes=4, gpus=0, cpus=4, kill_wait_s=30)
 
 

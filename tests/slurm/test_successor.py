@@ -26,7 +26,7 @@ SUBMIT = ["submit", "--gpus", "0", "--name", "a", "--time", "1", "--signal", "B:
 @pytest.fixture(scope="module")
 def conf() -> Iterator[Path]:
     """Two nodes of four CPUs, and SLURM's own KillWait."""
-    need_haproxy()
+    need_haproxy(install=True)
     yield from slurm.cluster(nodes=2, gpus=0, cpus=4, kill_wait_s=30)
 
 

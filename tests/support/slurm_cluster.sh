@@ -2,6 +2,7 @@
 # A real SLURM on one machine, for tests: any number of pretended nodes, GPUs and CPUs, gone without a trace afterwards.
 #
 #   slurm_cluster.sh install                              Debian's packages, if they are missing (needs root)
+#   slurm_cluster.sh install-haproxy                      the same for what stands in front of several replicas
 #   slurm_cluster.sh start FOLDER NODES GPUS CPUS         per node; returns when every node is idle
 #   slurm_cluster.sh stop FOLDER                          cancel what runs, stop the daemons, remove FOLDER
 #
@@ -28,6 +29,15 @@ install_packages() {
     apt-get update -qq >/dev/null &&
         apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null ||
         fail "apt-get could not install slurmctld, slurmd, slurm-client and munge"
+}
+
+install_haproxy() {
+    ! PATH=$PATH:/usr/sbin command -v haproxy >/dev/null || return 0
+    [ "$(id -u)" = 0 ] || fail "HAProxy is not installed, and only root can install it"
+    command -v apt-get >/dev/null || fail "HAProxy is not installed, and there is no apt-get to install it with"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends haproxy >/dev/null ||
+        fail "apt-get could not install haproxy"
 }
 
 # ports that are free now, next to each other: one for the controller and one per node
@@ -177,7 +187,8 @@ stop() { # FOLDER
 
 case ${1:-} in
 install) install_packages ;;
+install-haproxy) install_haproxy ;;
 start) start "${@:2}" ;;
 stop) stop "$2" ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+*) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
