@@ -3,7 +3,7 @@
 Members have slots, numbered as they are, that stand empty until the runtime socket gives them an address: whoever joins
 or leaves costs no restart, and no connection. Retried is what surely was not begun: no connection came about, or the
 member said so (status 425, asked for by a header). A connection that broke without an answer is not: the request may
-be why. Knows HAProxy's words since 2.2. Does not know the registry.
+be why. Knows HAProxy's words since 2.4. Does not know the registry.
 """
 
 from __future__ import annotations

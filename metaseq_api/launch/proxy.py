@@ -86,7 +86,7 @@ def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record
 
     Raises: ServiceError, SettingsError, PortInUse, ResourceError; RankFailed where HAProxy ended by itself.
     """
-    _check(registry, front.name)
+    check_free(registry, front.name, front.job)
     with tempfile.TemporaryDirectory(prefix="metaseq-api-proxy-") as folder, heard(signal.SIGCHLD) as signals:
         sock = _bind(front.host, front.port)
         with sock:  # HAProxy has its own; while ours was open, nobody would be refused at its end
@@ -109,13 +109,17 @@ def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record
     return 0
 
 
-def _check(registry: Registry, name: str) -> None:
+def check_free(registry: Registry, name: str, job: str | None) -> None:
+    """Refuse a second proxy of a service. Raises: ServiceError, also where there is no such service."""
     if registry.submission(name) is None and not registry.records(name):
         known = ", ".join(registry.names()) or "none"
         raise ServiceError(f"there is no service {name} in {registry.folder}; there are: {known}")
     other = registry.proxy(name)
-    if other and other.state != "ended" and time.time() - other.heartbeat < STALE_S:
-        raise ServiceError(f"{name} has a proxy already, {other.url} (job {other.job or '-'}); end that one first")
+    if other is None or other.state == "ended" or time.time() - other.heartbeat > STALE_S:
+        return
+    if job is None or other.job != job:
+        where = other.url or "queued"
+        raise ServiceError(f"{name} has a proxy already, {where} (job {other.job or '-'}); end that one first")
 
 
 def _num_slots(registry: Registry, name: str) -> int:

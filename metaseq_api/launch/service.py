@@ -113,8 +113,12 @@ def stop(registry: Registry, name: str, *, sleep: Callable[[float], None] = time
 
 
 def _living(registry: Registry, name: str) -> list[Job]:
+    """Its jobs that have not ended; the proxy's only once it is the last, for members end their streams through it."""
     found = find_all(registry, name)
-    return [j for j in cluster.jobs(found.jobs).values() if j.is_queued or j.is_running] if found else []
+    if found is None:
+        return []
+    living = [j for j in cluster.jobs(found.jobs).values() if j.is_queued or j.is_running]
+    return [j for j in living if found.proxy is None or j.id != found.proxy.job] or living
 
 
 def curl_line(standing: Standing) -> str:

@@ -5,6 +5,7 @@ Knows the registry and the script. Does not know the model, nor what becomes of 
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import socket
 import time
@@ -15,7 +16,8 @@ from pathlib import Path
 from metaseq_api.errors import ServiceError, SettingsError
 from metaseq_api.launch import cluster
 from metaseq_api.launch.plan import Layout
-from metaseq_api.launch.registry import Registry, Submission, write_private
+from metaseq_api.launch.proxy import check_free
+from metaseq_api.launch.registry import Record, Registry, Submission, replace_json, write_private
 from metaseq_api.launch.sbatch import Script, render_proxy
 from metaseq_api.launch.service import find, look
 
@@ -138,7 +140,11 @@ def submit_proxy(
 ) -> str:
     """Submit the proxy of a service as a job of its own; the job. Raises: ServiceError, SettingsError, ClusterError."""
     look(registry, name)
+    check_free(registry, name, None)
     command = [python, "-m", "metaseq_api.slurm.manage", "proxy", name, "--registry", str(registry.folder)]
     command += ["--host", host, "--port", str(port), *(["--haproxy", program] if program else [])]
     output = str(registry.log_file(name, "")).replace("%", "%%").replace("-.log", "-proxy-%j.log")
-    return cluster.submit(render_proxy(f"{name}-proxy", output, command, options))
+    job = cluster.submit(render_proxy(f"{name}-proxy", output, command, options))
+    waiting = Record(name=name, state="queued", heartbeat=time.time(), job=job)  # until it speaks for itself
+    replace_json(registry.proxy_file(name), dataclasses.asdict(waiting))
+    return job

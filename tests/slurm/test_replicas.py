@@ -18,7 +18,7 @@ from support.manage import Manage, job_of, processes_of
 from support.processes import until
 from support.proxy import Proxy, need_haproxy
 
-from metaseq_api.launch import service
+from metaseq_api.launch import cluster, service
 from metaseq_api.launch.registry import Registry
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -111,6 +111,28 @@ def test_three_members_behind_one_address_share_a_key_and_the_work(
     assert manage("stop", "a")[:2] == (0, "a is stopped\n")
     assert proxies[0].process.wait(30) == 0
     assert "a was stopped: nobody new is let in" in proxies[0].text
+
+
+def test_the_proxy_as_a_job_of_its_own_is_found_and_stopped_with_the_service_after_its_last_stream(
+    manage: Manage, registry: Registry
+) -> None:
+    key = submit(manage, registry, 2)
+    code, _, err = manage("proxy", "a", "--job", "--time", "30")
+    assert code == 0, err
+    assert manage("proxy", "a", "--job")[0] == 31
+    found = until(lambda: (s := service.look(registry, "a")).proxy and s.proxy, "it to be up", 60)
+    assert re.fullmatch(r"http://fake\d:\d+", found.url)
+    assert manage("url", "a")[1] == found.url + "\n"
+    until(lambda: Asker(found.url, key).complete(**SHORT) == "answered", "the members to be in", 20)
+    streams = Load(Asker(found.url, key), 4, **LONG)
+    try:
+        until(lambda: streams.all["answered"], "streams", 30)
+        assert manage("stop", "a")[:2] == (0, "a is stopped\n")
+    finally:
+        streams.end()
+    assert set(streams.all) <= {"answered", "503 engine_stopped", "503 no_member", "refused"}, streams.all
+    assert not [j for j in cluster.jobs([found.job]).values() if j.is_running or j.is_queued]
+    assert "about" not in registry.log_file("a-proxy", found.job).read_text()
 
 
 def test_a_member_that_ends_is_taken_out_and_no_request_or_stream_is_lost(
