@@ -105,7 +105,7 @@ def _be_rank(settings: Settings, rank: RankInfo, sock: socket.socket | None, ter
             code = 0
         else:
             assert sock is not None
-            code = serve(settings, ready, worker, channel, sock, terms, recorder, hooks_of(settings, terms.end_time))
+            code = serve(settings, ready, worker, channel, sock, terms, recorder)
     leave(context)
     return code
 
@@ -213,7 +213,7 @@ def serve(
         server.start()
         recorder.ready()
         print_banner(settings, ready, worker, sock)
-        countdown = Countdown(hooks or Hooks(), server.url, terms.end_time)
+        countdown = Countdown(hooks or hooks_of(settings, terms.end_time), server.url, terms.end_time)
         countdown.start()
         engine.run()
         countdown.stop()
