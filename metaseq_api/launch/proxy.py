@@ -104,7 +104,7 @@ def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record
             except BaseException as e:
                 recorder.ended(str(e) or type(e).__name__, RankFailed.exit_code)
                 raise
-            if registry.path(front.name).exists():
+            if not _is_forgotten(registry, front.name):
                 recorder.ended(reason, 0)
     return 0
 
@@ -206,6 +206,7 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], runtime: Runtime) -
 def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runtime: Runtime, signals: Signals) -> str:
     """Keep the slots as the registry has the members, until there is a reason to end, which is returned."""
     known: dict[int, Slot] = {}
+    words: dict[int, Record] = {}  # the last of each member: a file that cannot be read now says nothing new
     seen = time.monotonic()
     while True:
         if signals.stops:
@@ -213,12 +214,24 @@ def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runt
         if process.poll() is not None:
             raise RankFailed(f"HAProxy ended by itself (exit code {process.returncode}); what it says is above")
         now = time.monotonic()
-        if registry.path(name).exists():
+        if not _is_forgotten(registry, name):
             seen = now
-            known = _apply(runtime, known, slots_of(registry.records(name), time.time(), resolve))
+            words |= {r.member: r for r in registry.records(name)}
+            known = _apply(runtime, known, slots_of(list(words.values()), time.time(), resolve))
         elif now - seen > GONE_S:
             return f"{name} was stopped"
         signals.wait(LOOK_S)
+
+
+def _is_forgotten(registry: Registry, name: str) -> bool:
+    """Whether the service's folder is not there, though the registry's is."""
+    try:
+        os.stat(registry.path(name))
+    except FileNotFoundError:
+        return registry.folder.is_dir()
+    except OSError:  # a disk that does not answer
+        return False
+    return False
 
 
 def _apply(runtime: Runtime, known: dict[int, Slot], wanted: dict[int, Slot]) -> dict[int, Slot]:

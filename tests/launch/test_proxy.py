@@ -18,7 +18,7 @@ from support.processes import gone, until
 from support.proxy import Proxy, need_haproxy
 
 from metaseq_api.launch.haproxy import Slot
-from metaseq_api.launch.proxy import slots_of
+from metaseq_api.launch.proxy import LOOK_S, slots_of
 from metaseq_api.launch.registry import Record, Registry, Submission, replace_json
 from metaseq_api.launch.standing import STALE_S
 
@@ -107,6 +107,28 @@ def test_it_ends_with_its_service(registry: Registry, proxy: Proxy) -> None:
     assert gone(haproxy)
     assert not registry.path("a").exists()
     assert "a was stopped: nobody new is let in" in (proxy.end(), proxy.text)[1]
+
+
+def test_a_registry_that_cannot_be_read_changes_nothing(registry: Registry, proxy: Proxy) -> None:
+    member = Streaming()
+    member.go_on.set()
+    away = registry.folder.with_name("away")
+    try:
+        join(registry, 3, member.port)
+        until(lambda: "member 3: ready" in proxy.text, "it to join")
+        registry.folder.rename(away)
+        looked_twice = time.monotonic() + 2 * LOOK_S
+        asker = Asker(proxy.url, "a-key-of-a-client")
+        until(
+            lambda: asker.complete(prompt="x", stream=True) == "answered" and time.monotonic() > looked_twice, "answers"
+        )
+        away.rename(registry.folder)
+        registry.member_file("a", 3).unlink()
+        join(registry, 4, 1)
+        until(lambda: "member 4: ready" in proxy.text, "another look")
+        assert "member 3: maint" not in proxy.text
+    finally:
+        member.end()
 
 
 def test_that_haproxy_died_is_told_and_ends_it(registry: Registry, proxy: Proxy) -> None:
