@@ -71,14 +71,22 @@ def slots_of(records: Sequence[Record], now: float, resolve: Callable[[str], str
     return found
 
 
-def resolve(host: str) -> str:
-    """The address of a name; "" where there is none now."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        log.warning("%s has no address; whoever is there is left out", host)
-        return ""
-    return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
+class Addresses:
+    """Of nodes, each looked up until it is found once: a name server that fails later takes nobody out."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def of(self, host: str) -> str:
+        """The address of a name; "" where it has none yet."""
+        if host not in self._known:
+            try:
+                found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except OSError:
+                log.warning("%s has no address; whoever is there is left out", host)
+                return ""
+            self._known[host] = str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
+        return self._known[host]
 
 
 def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record], None] = lambda r: None) -> int:
@@ -207,7 +215,7 @@ def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runt
     """Keep the slots as the registry has the members, until there is a reason to end, which is returned."""
     known: dict[int, Slot] = {}
     words: dict[int, Record] = {}  # the last of each member: a file that cannot be read now says nothing new
-    seen = time.monotonic()
+    addresses, seen = Addresses(), time.monotonic()
     while True:
         if signals.stops:
             return signal.Signals(signals.stops[0]).name
@@ -217,7 +225,7 @@ def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runt
         if not _is_forgotten(registry, name):
             seen = now
             words |= {r.member: r for r in registry.records(name)}
-            known = _apply(runtime, known, slots_of(list(words.values()), time.time(), resolve))
+            known = _apply(runtime, known, slots_of(list(words.values()), time.time(), addresses.of))
         elif now - seen > GONE_S:
             return f"{name} was stopped"
         signals.wait(LOOK_S)
