@@ -1,4 +1,4 @@
-"""HAProxy as text in, text out: the configuration of one proxy, and what is told to it while it runs.
+"""HAProxy: the configuration of one proxy as text, how it is started, and what is told to it while it runs.
 
 Members have slots, numbered as they are, that stand empty until the runtime socket gives them an address: whoever joins
 or leaves costs no restart, and no connection. Retried is what surely was not begun: no connection came about, or the
@@ -8,14 +8,17 @@ be why. Knows HAProxy's words since 2.4. Does not know the registry.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 import socket
+import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from metaseq_api.errors import ResourceError
+from metaseq_api.launch.child import die_with_parent
 
 MIN_SLOTS = 64
 TIMEOUT_S = 5.0
@@ -26,7 +29,7 @@ State = Literal["ready", "drain", "maint"]
 
 _CONFIG = """\
 global
-    stats socket {socket} mode 600 level admin
+    stats socket sockpair@{runtime_fd} level admin
     tune.bufsize {bufsize} # a request that is sent elsewhere must fit
 
 defaults
@@ -107,10 +110,10 @@ def find(named: str | None = None) -> str:
     )
 
 
-def config(*, listen_fd: int, runtime: Path, slots: int) -> str:
-    """The text of its configuration; it listens on an inherited socket."""
+def config(*, listen_fd: int, runtime_fd: int, slots: int) -> str:
+    """The text of its configuration; it listens on one inherited socket and hears commands by another, `Runtime`'s."""
     return _CONFIG.format(
-        socket=runtime, bufsize=_BUFSIZE, fd=listen_fd, last=slots - 1, errors="\n".join(map(_error, _ERRORS))
+        runtime_fd=runtime_fd, bufsize=_BUFSIZE, fd=listen_fd, last=slots - 1, errors="\n".join(map(_error, _ERRORS))
     )
 
 
@@ -138,19 +141,40 @@ def changes(number: int, old: Slot, new: Slot) -> list[str]:
     return said
 
 
-class Runtime:
-    """Its socket for commands."""
+def start(program: str, door: socket.socket, slots: int) -> tuple[subprocess.Popen[bytes], Runtime]:
+    """Start it on a bound socket. It needs no file: its configuration is in memory, its commands come by a pair."""
+    ours, theirs = socket.socketpair()
+    with theirs, open(os.memfd_create("haproxy.cfg"), "w+b") as file:
+        file.write(config(listen_fd=door.fileno(), runtime_fd=theirs.fileno(), slots=slots).encode())
+        file.seek(0)
+        process = subprocess.Popen(
+            [program, "-db", "-f", f"/dev/fd/{file.fileno()}"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[door.fileno(), theirs.fileno(), file.fileno()],
+            start_new_session=True,  # Ctrl-C in a terminal is ours to act on
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
+    return process, Runtime(ours)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+
+class Runtime:
+    """Where it hears commands: each comes by a connection of its own, handed over through the pair."""
+
+    def __init__(self, pair: socket.socket) -> None:
+        self._pair = pair
+
+    def close(self) -> None:
+        self._pair.close()
 
     def say(self, command: str) -> str:
         """One command; the answer, "" for most that did what they were told. Raises: OSError."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-            s.settimeout(TIMEOUT_S)
-            s.connect(str(self._path))
-            s.sendall(command.encode() + b"\n")
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                socket.send_fds(self._pair, [b"\0"], [theirs.fileno()])
+            ours.settimeout(TIMEOUT_S)
+            ours.sendall(command.encode() + b"\n")
             said = bytearray()
-            while more := s.recv(1 << 16):
+            while more := ours.recv(1 << 16):
                 said += more
         return said.decode(errors="replace").strip()

@@ -15,15 +15,12 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from metaseq_api.errors import PortInUse, RankFailed, ServiceError, SettingsError
 from metaseq_api.launch import haproxy
-from metaseq_api.launch.child import die_with_parent
 from metaseq_api.launch.haproxy import EMPTY, Runtime, Slot
 from metaseq_api.launch.recorder import Recorder, reached_at
 from metaseq_api.launch.registry import Record, Registry
@@ -95,12 +92,12 @@ def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record
     Raises: ServiceError, SettingsError, PortInUse, ResourceError; RankFailed where HAProxy ended by itself.
     """
     check_free(registry, front.name, front.job)
-    with tempfile.TemporaryDirectory(prefix="metaseq-api-proxy-") as folder, heard(signal.SIGCHLD) as signals:
+    with heard(signal.SIGCHLD) as signals:
         sock = _bind(front.host, front.port)
         with sock:  # HAProxy has its own; while ours was open, nobody would be refused at its end
             record = _record(front, sock)
-            process, runtime = _start(front.program, sock, Path(folder), _num_slots(registry, front.name))
-        with _ended(process):
+            process, runtime = haproxy.start(front.program, sock, _num_slots(registry, front.name))
+        with contextlib.closing(runtime), _ended(process):
             recorder = Recorder(registry.proxy_file(front.name), record)
             try:
                 _wait_until_it_answers(process, runtime)
@@ -171,24 +168,6 @@ def _bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _start(program: str, sock: socket.socket, folder: Path, slots: int) -> tuple[subprocess.Popen[bytes], Runtime]:
-    runtime = folder / "socket"
-    (folder / "haproxy.cfg").write_text(haproxy.config(listen_fd=sock.fileno(), runtime=runtime, slots=slots))
-    process = subprocess.Popen(
-        [program, "-db", "-f", str(folder / "haproxy.cfg")],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[sock.fileno()],
-        start_new_session=True,  # Ctrl-C in a terminal is ours to act on
-        preexec_fn=_tied_to_this_process(),
-    )
-    return process, Runtime(runtime)
-
-
-def _tied_to_this_process() -> Callable[[], None]:
-    parent = os.getpid()
-    return lambda: die_with_parent(parent)
-
-
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """See to it that HAProxy has ended when the context has."""
@@ -204,8 +183,8 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], runtime: Runtime) -
     deadline = time.monotonic() + START_S
     while True:
         with contextlib.suppress(OSError):
-            runtime.say("show info")
-            return
+            if runtime.say("show info"):
+                return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RankFailed(f"HAProxy did not start (exit code {process.poll()}); what it says is above")
         time.sleep(0.02)

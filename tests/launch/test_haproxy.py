@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from support.proxy import need_haproxy
 
 from metaseq_api.errors import ResourceError
 from metaseq_api.launch import haproxy
-from metaseq_api.launch.haproxy import EMPTY, Runtime, Slot, changes
+from metaseq_api.launch.haproxy import EMPTY, Slot, changes
 
 GOLDEN = Path(__file__).with_name("golden") / "haproxy.cfg"
 READY = Slot(state="ready", address="10.0.0.7", port=4711, at_once=256)
@@ -25,7 +24,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 
 
 
 def test_the_configuration_is_as_agreed() -> None:
-    assert haproxy.config(listen_fd=7, runtime=Path("/tmp/p/socket"), slots=64) == GOLDEN.read_text()
+    assert haproxy.config(listen_fd=7, runtime_fd=8, slots=64) == GOLDEN.read_text()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_a_slot_is_told_what_is_new(old: Slot, new: Slot, said: list[str]) -> No
     assert changes(2, old, new) == said
 
 
-def test_without_haproxy_it_is_said_what_to_do(tmp_path: Path) -> None:
+def test_without_haproxy_it_is_said_what_to_do() -> None:
     with pytest.raises(ResourceError, match=r"/nowhere/haproxy is not found here; have it .* --haproxy FILE"):
         haproxy.find("/nowhere/haproxy")
 
@@ -111,7 +110,7 @@ def refuse(status: int) -> Callable[[socket.socket], None]:
 
 
 @pytest.fixture
-def front(tmp_path: Path) -> Iterator[Callable[..., str]]:
+def front() -> Iterator[Callable[..., str]]:
     """A running HAProxy in front of these members; its URL."""
     need_haproxy()
     with contextlib.ExitStack() as ends:
@@ -120,13 +119,10 @@ def front(tmp_path: Path) -> Iterator[Callable[..., str]]:
             for member in members:
                 ends.callback(member.close)
             sock = ends.enter_context(socket.create_server(("127.0.0.1", 0)))
-            config = tmp_path / "haproxy.cfg"
-            config.write_text(haproxy.config(listen_fd=sock.fileno(), runtime=tmp_path / "s", slots=64))
-            process = subprocess.Popen([haproxy.find(), "-db", "-q", "-f", str(config)], pass_fds=[sock.fileno()])
+            process, runtime = haproxy.start(haproxy.find(), sock, 64)
+            ends.callback(runtime.close)
             ends.callback(process.wait)
             ends.callback(process.kill)
-            runtime = Runtime(tmp_path / "s")
-            until(lambda: (tmp_path / "s").exists(), "HAProxy to be up")
             for number, member in enumerate(members):
                 new = Slot(state="ready", address="127.0.0.1", port=member.port, at_once=8)
                 for command in changes(number, EMPTY, new):
