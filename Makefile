@@ -8,11 +8,12 @@ BENCH = $(BIN)/metaseq-api-bench
 RUNS := run/bench
 PARTS := 0 1
 
-.PHONY: help serve test browser test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
+.PHONY: help serve test browser haproxy test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
 	@echo "make browser     Debian's Chromium, for the page's tests (root); without one they are skipped"
+	@echo "make haproxy     Debian's HAProxy, for the tests of what stands before replicas (root); without it they are skipped"
 	@echo "make test-slurm  on a throw-away SLURM of fake nodes (root, Debian)"
 	@echo "make test-fresh  the README's commands in a fresh clone with a fresh environment"
 	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
@@ -56,6 +57,9 @@ test: $(BIN)/.test
 
 browser:
 	tests/support/browser.sh
+
+haproxy:
+	tests/support/slurm_cluster.sh install-haproxy
 
 test-slurm: $(BIN)/.test
 	$(BIN)/pytest -m slurm

@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--registry", metavar="DIR", help="folder where this service tells how it is (metaseq-api-slurm)")
     add("--service", metavar="NAME", help="its name there")
     add("--member", type=int, metavar="N", help="its number among services of one name (default: 0)")
+    add(
+        "--successor",
+        type=int,
+        metavar="N",
+        help="it is one of N, each of which submits who takes over",
+    )
     add("--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"metaseq-api {__version__}")
     return parser

@@ -20,6 +20,7 @@
        |- QuotaExceeded            more than this key ever gets
        |- DeadlineExceeded         the time the client gave is over
        `- EngineStopped            this server is going away
+          `- NotBegun              the same, and nothing was done for this request
 
 Knows: for each class, the exit code of a command that ends by it, and the HTTP status and wire code of an answer that
 carries it. Does not know: HTTP, or who raises what.
@@ -234,3 +235,7 @@ class EngineStopped(RequestError):
     status = 503
     type = "server_error"
     code = "engine_stopped"
+
+
+class NotBegun(EngineStopped):
+    """The engine takes no more requests; this one was not begun, so that it may be sent elsewhere."""

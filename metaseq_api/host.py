@@ -42,6 +42,7 @@ from metaseq_api.launch.recorder import Recorder, recorded
 from metaseq_api.launch.rendezvous import RankInfo, device_index
 from metaseq_api.launch.signals import heard
 from metaseq_api.launch.startup import StartUp
+from metaseq_api.launch.successor import hooks_of
 from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
@@ -256,7 +257,7 @@ def serve(
         recorder.ready()
         startup.lap("server")
         print_banner(settings, ready, worker, front, startup)
-        countdown = Countdown(hooks or Hooks(), front.url, terms.end_time)
+        countdown = Countdown(hooks or hooks_of(settings, terms.end_time), front.url, terms.end_time)
         countdown.start()
         engine.run()
         countdown.stop()

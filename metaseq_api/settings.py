@@ -94,6 +94,8 @@ class Settings:
     """Its name there."""
     member: int = 0
     """Its number among services of one name."""
+    successor: int | None = None
+    """How many members the service has, where each submits the job that takes over from it; None: none does."""
     job: str | None = None
     """The SLURM job it is in."""
     demo: bool = False
@@ -237,6 +239,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "registry": _path,
     "service": _text,
     "member": _int(0, 1 << 16),
+    "successor": _int(1, 1 << 15),
 }
 
 

@@ -3,6 +3,7 @@
     metaseq-api-slurm doctor --partition gpu                             is this site ready?
     metaseq-api-slurm submit /data/opt/175B --gpus 8 --partition gpu     plans, submits, waits, prints the URL
     metaseq-api-slurm status | url | logs -f | stop NAME, list           from any login shell
+    metaseq-api-slurm proxy NAME                                         one address for several replicas
 
 Exit codes: 0 done; 1 doctor found a problem; 30 SLURM refused; 31 there is no such service, or it ended; 130 Ctrl-C
 (the job stays); else the code of the error it prints in one line (errors.py).
@@ -20,79 +21,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaseq_api import __version__, log
+from metaseq_api import log
 from metaseq_api.core import ModelConfig
 from metaseq_api.errors import MetaseqApiError, ServiceError, SettingsError
-from metaseq_api.launch import cluster, doctor, plan, service
-from metaseq_api.launch.door import Parser, add_sbatch, count, sbatch_options
-from metaseq_api.launch.registry import Registry, checked_key, read_key
+from metaseq_api.launch import cluster, doctor, haproxy, plan, proxy, rendezvous, service, submit, terms
+from metaseq_api.launch.door import sbatch_options, slurm_parser
+from metaseq_api.launch.registry import Record, Registry, checked_key, read_key
 from metaseq_api.launch.standing import Standing
-from metaseq_api.settings import DEMO, DTYPES
+from metaseq_api.settings import DEMO
 
 PROG = "metaseq-api-slurm"
 LINE_S = 5.0
 """Units: seconds between two lines of progress where they go to a file, unless something changed."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROG, description="Services on a SLURM cluster, from its login node.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"metaseq-api {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--registry", metavar="DIR", help="default: $METASEQ_API_REGISTRY, else ~/.metaseq-api/services"
-    )
-
-    def command(name: str, help_: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help_, description=help_, parents=[shared], allow_abbrev=False)
-
-    _add_submit(command("submit", "Plan, submit and wait for a service; print its URL."))
-    status = command("status", "How a service stands, or all of them.")
-    status.add_argument("name", nargs="?")
-    status.add_argument("--json", action="store_true", help="as one JSON object a line")
-    command("list", "Every service in one line each.")
-    command("url", "The URL of a service that is ready.").add_argument("name")
-    logs = command("logs", "What a service wrote.")
-    logs.add_argument("name")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
-    command("stop", "End a service, and forget all of it but its log.").add_argument("name")
-    check = command("doctor", "Check this site before anything is submitted.")
-    check.add_argument("checkpoint", nargs="?", type=Path, help="is it readable from the nodes?")
-    check.add_argument("--nodes", type=count, default=2, help="nodes of the trial job (default: 2)")
-    check.add_argument("--gpus", type=int, default=0, help="GPUs of each node that the trial job asks for (default: 0)")
-    check.add_argument("--python", default=sys.executable, metavar="FILE", help="the nodes' Python (default: this one)")
-    check.add_argument("--no-job", action="store_true", help="look from here only; start no trial job")
-    check.add_argument("--wait-s", type=float, default=300.0, metavar="S", help="for the trial job (default: 300)")
-    add_sbatch(check)
-    Parser.known = [o for p in commands.choices.values() for o in p._option_string_actions]
-    return parser
-
-
-def _add_submit(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder of shards or model parts (default: the demo)")
-    add("--name", help="of the service (default: the checkpoint's folder)")
-    add("-N", "--nodes", type=count, default=1, help="default: 1")
-    add("--gpus", type=int, default=None, metavar="N", help="of each node (default: all of one); 0 serves on CPUs")
-    add(
-        "--model-parallel",
-        type=count,
-        metavar="N",
-        help="ranks the model is split over (default: as many GPUs as divide it)",
-    )
-    add("--dtype", choices=DTYPES, help="of weights and cache (default: as stored on a GPU, fp32 on a CPU)")
-    add("--max-seq-len", type=count, metavar="N", help="tokens of prompt and completion (default: the model's window)")
-    add("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: what gres or features tell)")
-    add("--host", default="0.0.0.0", help="address to listen on (default: every one of its node's)")
-    add("--port", type=int, default=0, help="default: 0, a free one, bound once; the registry tells which")
-    add("--key-file", type=Path, metavar="FILE", help="a key for clients (default: $METASEQ_API_KEY, else one is made)")
-    add("--python", default=sys.executable, metavar="FILE", help="the nodes' Python (default: this one)")
-    add("--setup", action="append", default=[], metavar="LINE", help="of shell, before the service starts; repeatable")
-    add("--dry-run", action="store_true", help="print the plan and the batch script, submit nothing")
-    add("--no-wait", action="store_true", help="return once it is submitted")
-    add("--cancel-on-interrupt", action="store_true", help="a Ctrl-C while waiting cancels the job too")
-    add_sbatch(parser)
-    parser.epilog = "Flags of metaseq-api-local may follow `--`."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = words.index("--")
         words, flags = words[:at], words[at + 1 :]
     try:
-        args = _parser().parse_args(words)
+        args = slurm_parser(PROG).parse_args(words)
         log.setup()
         if flags and args.command != "submit":
             raise SettingsError(
@@ -115,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _submit(registry, args, flags)
         if args.command == "doctor":
             return _doctor(registry, args)
+        if args.command == "proxy":
+            return _proxy(registry, args)
         return _ask(registry, args)
     except MetaseqApiError as e:
         print(f"{PROG}: error: {e}", file=sys.stderr)
@@ -141,30 +83,44 @@ def _ask(registry: Registry, args: argparse.Namespace) -> int:
             raise ServiceError(f"{args.name} is not ready: {standing.words}")
         print(standing.url)
     elif args.command == "logs":
-        _logs(registry, standing, follow=args.follow)
+        _logs(registry, standing, member=args.member, follow=args.follow)
     else:
         _print_line(standing, as_json=args.json)
+        if not args.json:
+            _print_members(standing)
     return ServiceError.exit_code if args.command == "status" and standing.has_ended else 0
 
 
 def _print_line(standing: Standing, *, as_json: bool) -> None:
     if as_json:
-        facts = {n: getattr(standing, n) for n in ("name", "state", "job", "url", "model", "words")}
-        record = standing.record
-        print(json.dumps(facts | {"heartbeat": record.heartbeat if record else None}))
+        print(json.dumps(_facts(standing) | {"members": [_facts(m) for m in standing.members]}))
     else:
         print(f"{standing.name:<20} job {standing.job or '-':<10} {standing.state:<9} {standing.words}")
 
 
-def _logs(registry: Registry, standing: Standing, *, follow: bool) -> None:
-    path = service.log_file(registry, standing)
+def _facts(standing: Standing) -> dict[str, object]:
+    facts = {n: getattr(standing, n) for n in ("name", "member", "state", "job", "url", "model", "words")}
+    return facts | {"heartbeat": standing.record.heartbeat if standing.record else None}
+
+
+def _print_members(standing: Standing) -> None:
+    """A line for each member, where there are several, and for the proxy."""
+    if len(standing.members) > 1 or standing.proxy:
+        for m in standing.members:
+            print(f"  member {m.member:<12} job {m.job or '-':<10} {m.state:<9} {m.words}")
+    if standing.proxy:
+        print(f"  proxy{'':<14} job {standing.proxy.job or '-':<10} ready     on {standing.proxy.url}")
+
+
+def _logs(registry: Registry, standing: Standing, *, member: int | None, follow: bool) -> None:
+    paths = service.log_files(standing, member)
     slurm = service.Slurm(pause_s=3.0)
 
     def going_on() -> bool:
         now = service.find(registry, standing.name, slurm) if follow else None
         return now is not None and not now.has_ended
 
-    for text in service.read_log(path, going_on):
+    for text in service.read_logs(paths, going_on):
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -176,7 +132,7 @@ def _submit(registry: Registry, args: argparse.Namespace, flags: list[str]) -> i
     if args.dry_run:
         print(order.script(registry).render(), end="")
         return 0
-    submission, made = service.submit(registry, order)
+    submission, made = submit.submit(registry, order)
     print(f"submitted: job {submission.job}, service {order.name}, log {submission.log}", file=sys.stderr)
     if made:
         print(
@@ -196,12 +152,14 @@ def _submit(registry: Registry, args: argparse.Namespace, flags: list[str]) -> i
             print(f"\njob {submission.job} goes on: {told}", file=sys.stderr)
         return 128 + signal.SIGINT
     if standing.has_ended:
-        error = service.last_error(registry, standing)
+        error = service.last_error(standing)
         words = f"{standing.words}; {error}" if error else standing.words
         raise ServiceError(f"{order.name} ended before it was ready: {words}; {PROG} logs {order.name} tells more")
     print(standing.url)
     print(service.curl_line(standing))
     print(f"from your own machine: {service.ssh_line(standing, getpass.getuser())}")
+    if order.replicas > 1 and not standing.proxy:
+        print(f"one address for all {order.replicas} members: {PROG} proxy {order.name}", file=sys.stderr)
     return 0
 
 
@@ -222,9 +180,14 @@ def _wait(registry: Registry, name: str) -> Standing:
     return standing
 
 
-def _order(args: argparse.Namespace, flags: list[str]) -> service.Order:
+def _order(args: argparse.Namespace, flags: list[str]) -> submit.Order:
     """What is to be submitted, planned. Raises: MetaseqApiError, before anything is submitted."""
     options = sbatch_options(args)
+    if args.port and (args.replicas > 1 or args.successor):
+        raise SettingsError(
+            f"--port {args.port} cannot be had twice on one node, where members of {args.name or 'this service'} may "
+            f"meet; leave it out: the registry tells theirs, and `{PROG} proxy` has a --port for all"
+        )
     checkpoint = None if args.checkpoint is None else Path(args.checkpoint).expanduser().absolute()
     told = args.gpus == 0 or (args.gpus is not None and args.gpu_memory is not None)
     usable = [] if told else cluster.nodes_of(options.get("partition"))
@@ -238,13 +201,15 @@ def _order(args: argparse.Namespace, flags: list[str]) -> service.Order:
         max_seq_len=args.max_seq_len,
         gpu_bytes=int(args.gpu_memory * plan.GIB) if args.gpu_memory else plan.gpu_memory(usable),
     )
-    return service.Order(
+    return submit.Order(
         name=args.name or ("demo" if checkpoint is None else checkpoint.name.removesuffix(".pt")),
         layout=layout,
         checkpoint=checkpoint,
         host=args.host,
         port=args.port,
         key=_key(args.key_file, flags),
+        replicas=args.replicas,
+        successor=args.successor,
         python=args.python,
         options=options,
         setup=args.setup,
@@ -271,6 +236,38 @@ def _key(file: Path | None, flags: list[str]) -> str | None:
         return ""
     given = os.environ.get("METASEQ_API_KEY")
     return checked_key(given, "METASEQ_API_KEY") if given else None
+
+
+def _proxy(registry: Registry, args: argparse.Namespace) -> int:
+    options = sbatch_options(args)
+    if args.job:
+        job = submit.submit_proxy(
+            registry,
+            args.name,
+            python=args.python,
+            host=args.host,
+            port=args.port,
+            program=args.haproxy,
+            options=options,
+        )
+        print(f"submitted: job {job}; `{PROG} url {args.name}` is the proxy's once it runs", file=sys.stderr)
+        return 0
+    if options:
+        raise SettingsError(f"--{next(iter(options))} is for sbatch, and this proxy runs here; give --job too")
+    job_here = rendezvous.job_of(os.environ)
+    front = proxy.Front(
+        name=args.name,
+        host=args.host,
+        port=args.port,
+        node=rendezvous.detect(os.environ).node,
+        job=None if job_here is None else job_here.job_id,
+        program=haproxy.find(args.haproxy),
+    )
+
+    def told(record: Record) -> None:
+        print(f"{args.name} is at {record.url}", flush=True)
+
+    return proxy.serve(registry, front, terms.ask(job_here, None), told)
 
 
 def _doctor(registry: Registry, args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ TABLE = {
     "QuotaExceeded": (1, 429, "insufficient_quota", "insufficient_quota"),
     "DeadlineExceeded": (1, 504, "timeout_error", "deadline_exceeded"),
     "EngineStopped": (1, 503, "server_error", "engine_stopped"),
+    "NotBegun": (1, 503, "server_error", "engine_stopped"),
 }
 
 

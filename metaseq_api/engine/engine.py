@@ -30,7 +30,7 @@ from metaseq_api.engine.sampler import Sampler, Scored
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.track import Track
 from metaseq_api.engine.worker import Worker
-from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, Overloaded, RequestError
+from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, NotBegun, Overloaded, RequestError
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.tokenizer import EOS_ID, PAD_ID, Tokenizer
 
@@ -110,7 +110,7 @@ class Engine:
         num = ticket.num_sequences
         with self._lock:
             if self._stopped:
-                raise EngineStopped(self._stopped)
+                raise NotBegun(self._stopped)
             if self._results is not None and (known := self._results.find(request)) is not None:
                 ticket.answer(known)
                 return ticket

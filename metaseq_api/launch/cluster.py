@@ -94,11 +94,11 @@ class Partition:
     nodes: tuple[str, ...]
 
 
-def run(argv: Sequence[str], text: str | None = None) -> str:
+def run(argv: Sequence[str], text: str | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run a command of SLURM; what it printed. Raises: ClusterError in one line."""
     try:
         done = subprocess.run(
-            argv, input=text, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
+            argv, input=text, env=env, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
         )
     except FileNotFoundError:
         raise ClusterError(
@@ -115,9 +115,9 @@ def run(argv: Sequence[str], text: str | None = None) -> str:
     return done.stdout
 
 
-def submit(script: str, argv: Iterable[str] = ()) -> str:
+def submit(script: str, argv: Iterable[str] = (), env: Mapping[str, str] | None = None) -> str:
     """Submit a batch script; the job's id. Raises: ClusterError."""
-    said = run(["sbatch", "--parsable", *argv], script).strip()
+    said = run(["sbatch", "--parsable", *argv], script, env).strip()
     job = said.splitlines()[-1].partition(";")[0] if said else ""  # "17;cluster" in a federation
     if not job.isdigit():
         raise ClusterError(f"sbatch said {said!r} in place of a job's number; look with `squeue --me`")
@@ -130,7 +130,7 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     if not wanted:
         return {}
     try:
-        said = run(["squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", "-o", _FIELDS])
+        said = run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(wanted)}", "-o", _FIELDS])
     except ClusterError as e:
         if "Invalid job id" in str(e):  # said of a single one; of several, those unknown are left out
             return {}

@@ -117,7 +117,7 @@ def recorded(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
     record = Record(name=settings.service or "", state="starting", heartbeat=now, started=now)
     path = None
     if settings.registry is not None and settings.service is not None and rank.rank == 0 and sock is not None:
-        host, port = _reached_at(sock, rank.node)
+        host, port = reached_at(sock, rank.node)
         shown = f"[{host}]" if ":" in host else host
         path = Registry(settings.registry).member_file(settings.service, settings.member)
         record = dataclasses.replace(
@@ -129,6 +129,7 @@ def recorded(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
             host=host,
             port=port,
             url=f"http://{shown}:{port}",
+            at_once=settings.max_batch_size,
         )
     recorder = Recorder(path, record)
     try:
@@ -142,7 +143,7 @@ def recorded(settings: Settings, rank: RankInfo, sock: socket.socket | None) -> 
     recorder.ended("ended as told", 0)
 
 
-def _reached_at(sock: socket.socket, node: str) -> tuple[str, int]:
+def reached_at(sock: socket.socket, node: str) -> tuple[str, int]:
     """Where other machines reach a bound socket: by the name SLURM has for this one, if it listens everywhere."""
     host, port = sock.getsockname()[:2]
     address = ipaddress.ip_address(str(host).partition("%")[0])

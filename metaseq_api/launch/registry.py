@@ -1,7 +1,10 @@
 """Services in shared storage, where any login shell finds them: who was submitted, and what it says of itself.
 
     DIR/NAME/job.json         what was submitted: written once, by `submit`
-    DIR/NAME/member-0.json    what rank 0 says of itself, again and again (recorder.py)
+    DIR/NAME/next-1.json      the job that is to be member 1 after another one: by the member that submitted it
+    DIR/NAME/script           the batch script, where members submit their successors
+    DIR/NAME/member-0.json    what rank 0 of a member says of itself, again and again (recorder.py)
+    DIR/NAME/proxy.json       what the proxy in front of the members says of itself
     DIR/NAME/key              the key that clients must send; nobody else may read it, and no other file holds it
     DIR/logs/NAME-JOB.log     what the job wrote; stays when the service is forgotten
 
@@ -43,7 +46,11 @@ class Submission:
     """The machine it was submitted from."""
     key_file: str | None = None
     log: str = ""
-    """Where the job's output goes."""
+    """Where the job's output goes; of a job array, %a stands for the member."""
+    replicas: int = 0
+    """Members that a job array starts; 0 for a job that is none."""
+    member: int = 0
+    """Of a successor: which member it is; `job` is that one element of its array then."""
     format: int = FORMAT
 
 
@@ -65,6 +72,8 @@ class Record:
     url: str = ""
     percent: float = 0.0
     rate: float = 0.0
+    at_once: int = 0
+    """Requests that it works on at once; 0 where it does not say."""
     reason: str = ""
     exit_code: int | None = None
     format: int = FORMAT
@@ -114,6 +123,12 @@ class Registry:
     def member_file(self, name: str, member: int) -> Path:
         return self.path(name) / f"member-{member}.json"
 
+    def proxy_file(self, name: str) -> Path:
+        return self.path(name) / "proxy.json"
+
+    def script_file(self, name: str) -> Path:
+        return self.path(name) / "script"
+
     def names(self) -> list[str]:
         """Every service there is, in order."""
         with contextlib.suppress(FileNotFoundError):
@@ -151,9 +166,21 @@ class Registry:
     def write_submission(self, submission: Submission) -> None:
         replace_json(self.path(submission.name) / "job.json", dataclasses.asdict(submission))
 
+    def write_successor(self, submission: Submission) -> None:
+        replace_json(self.path(submission.name) / f"next-{submission.member}.json", dataclasses.asdict(submission))
+
     def submission(self, name: str) -> Submission | None:
         """What was submitted under this name; None where nothing was, or it cannot be read."""
         return _read(self.path(name) / "job.json", Submission)
+
+    def successors(self, name: str) -> list[Submission]:
+        """The jobs that members submitted to take over from them, one at most for each member."""
+        found = (_read(path, Submission) for path in self.path(name).glob("next-*.json"))
+        return [s for s in found if s is not None]
+
+    def proxy(self, name: str) -> Record | None:
+        """What the proxy of a service says of itself; None where there never was one."""
+        return _read(self.proxy_file(name), Record)
 
     def records(self, name: str) -> list[Record]:
         """What the members of a service say of themselves, in order."""

@@ -16,6 +16,7 @@ Knows names and numbers. Does not know torch, processes or the model; opens no s
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ class Job:
     """The SLURM job that this process is part of."""
 
     job_id: str
+    """As SLURM's commands take it: 17, or 17_2 for an element of a job array."""
     restarts: int = 0
     """How often SLURM has started it again: after `scontrol requeue`, preemption, or a node's failure."""
     end_time: float | None = None
@@ -117,12 +119,21 @@ def job_of(environ: Mapping[str, str]) -> Job | None:
     job_id = environ.get("SLURM_JOB_ID")
     if not job_id:
         return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:  # one element has the number of the whole array, which scancel would take for all of it
+        job_id = f"{array}_{task}"
     restarts, end = environ.get("SLURM_RESTART_COUNT", ""), environ.get("SLURM_JOB_END_TIME", "")
     return Job(
         job_id=job_id,
         restarts=int(restarts) if restarts.isdecimal() else 0,
         end_time=float(end) if end.isdecimal() else None,
     )
+
+
+def outside_of_job() -> dict[str, str]:
+    """This environment as the login shell had it: without what SLURM, srun and the batch script added for one job."""
+    theirs = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_", "METASEQ_API_KEY")
+    return {k: v for k, v in os.environ.items() if not k.startswith(theirs) or k == "SLURM_CONF"}
 
 
 def _is_slurm_task(environ: Mapping[str, str]) -> bool:

@@ -43,7 +43,7 @@ OURS = {
     "output": "`metaseq-api-slurm logs NAME` finds it, in the registry",
     "error": "it goes where the output goes",
     "open-mode": "a requeued job appends",
-    "array": "give one --name for each service",
+    "array": "give --replicas, or one --name for each service",
     "wrap": "the script is written here",
     "ntasks": "one task a node starts a rank for each GPU",
     "ntasks-per-node": "one task a node starts a rank for each GPU",
@@ -69,12 +69,13 @@ _TEMPLATE = """\
 export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}} # srun has not taken this over by itself since SLURM 22.05
 {key}
 """
-TAIL = r"""ending=
+TAIL = r"""job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID} # never a whole array
+ending=
 trap 'ending=1' TERM # scancel, preemption: slurmd tells every task itself
 lost=
 export METASEQ_API_NOTIFY_PID=$$ # srun waits minutes for the tasks of a dead node: rank 0 tells this shell itself
 trap 'lost=1' USR2
-trap 'ending=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # --signal=B: reaches this shell alone; this the tasks
+trap 'ending=1; scancel --signal=USR1 "$job"' USR1 # --signal=B: reaches this shell alone; this the tasks
 
 # -K: one lost node ends the job
 srun --kill-on-bad-exit=1 --unbuffered --ntasks-per-node=1 \
@@ -83,12 +84,23 @@ step=$!
 until wait "$step"; code=$?; [ "$lost" ] || [ "$code" -le 128 ] || ! kill -0 "$step" 2>/dev/null; do :; done # or a trap
 [ -z "$lost" ] || code=20
 
+info=$(scontrol show job "$job")
+case $info in # where preemption has a GraceTime, SLURM takes a job that ends within it for done
+*JobState=RUNNING*\ PreemptTime=[0-9]*)
+    case $info in
+    *Requeue=1*)
+        echo "metaseq-api: preempted; queued again" >&2
+        scontrol requeue "$job" && wait
+        ;;
+    esac
+    ;;
+esac
 case $code in
 20 | 13[0-9] | 14[0-9]) # a rank or node was lost; srun may say by which signal its last tasks ended
     if [ -z "$ending" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ] &&
-        scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
+        scontrol show job "$job" | grep -q 'Requeue=1'; then
         echo "metaseq-api: exit code $code; queued again (restart $((${SLURM_RESTART_COUNT:-0} + 1)) of 5)" >&2
-        scontrol requeue "$SLURM_JOB_ID" && wait
+        scontrol requeue "$job" && wait
     fi
     ;;
 esac
@@ -98,6 +110,16 @@ exit "$code"
 _KEY = """\
 METASEQ_API_KEY=$(cat {file}) || exit 2 # in no argument, where ps would show it, and in no log
 export METASEQ_API_KEY
+"""
+
+
+_PROXY = """\
+#!/bin/bash
+{options}
+# Written by metaseq-api-slurm proxy. Before its time is over it lets nobody new in, and what runs goes on.
+export PYTHONSAFEPATH=1 # a folder named metaseq_api in the working directory must not be taken for the package
+PATH=$PATH:/usr/sbin:/usr/local/sbin
+exec {command}
 """
 
 
@@ -113,6 +135,8 @@ class Script:
     registry: str
     command: Sequence[str]
     """What each task runs."""
+    replicas: int = 0
+    """Elements of its job array; 0 for a job that is none."""
     key_file: str | None = None
     options: Mapping[str, str | None] = field(default_factory=dict)
     """More options of sbatch by name; None for one without a value."""
@@ -126,6 +150,7 @@ class Script:
             "nodes": str(self.nodes),
             "ntasks-per-node": "1",
             **({"gpus-per-node": str(self.gpus)} if self.gpus else {}),
+            **({"array": f"0-{self.replicas - 1}"} if self.replicas else {}),
             "output": self.output,
             "open-mode": "append",
             **({} if "no-requeue" in self.options else {"requeue": None}),
@@ -138,7 +163,20 @@ class Script:
             setup="".join(f"{line}\n" for line in self.setup),
             key="" if self.key_file is None else _KEY.format(file=shlex.quote(self.key_file)),
         )
-        return head + TAIL.replace("COMMAND", " ".join(map(shlex.quote, self.command)))
+        member = ' --member "$SLURM_ARRAY_TASK_ID"' if self.replicas else ""
+        return head + TAIL.replace("COMMAND", " ".join(map(shlex.quote, self.command)) + member)
+
+
+def render_proxy(name: str, output: str, command: Sequence[str], more: Mapping[str, str | None]) -> str:
+    """The batch script of a proxy: one task, which is the batch shell itself, so that signals reach it.
+
+    Raises: SettingsError.
+    """
+    options: dict[str, str | None] = {"job-name": name, "ntasks": "1", "output": output, "open-mode": "append"}
+    options |= {**({} if "no-requeue" in more else {"requeue": None}), "signal": "B:USR1@120", **more}
+    return _PROXY.format(
+        options="\n".join(_option(n, v) for n, v in options.items()), command=" ".join(map(shlex.quote, command))
+    )
 
 
 def _option(name: str, value: str | None) -> str:

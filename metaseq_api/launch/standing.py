@@ -38,6 +38,12 @@ class Standing:
     url: str = ""
     submission: Submission | None = None
     record: Record | None = None
+    member: int = 0
+    log: str = ""
+    members: tuple[Standing, ...] = ()
+    """Of a whole service: how each of its members stands."""
+    proxy: Record | None = None
+    """Of a whole service: the proxy in front of it, while that runs."""
 
     @property
     def has_ended(self) -> bool:

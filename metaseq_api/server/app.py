@@ -26,6 +26,7 @@ from metaseq_api.core import Completion, EngineProtocol, Request
 from metaseq_api.errors import (
     MetaseqApiError,
     MethodNotAllowed,
+    NotBegun,
     NotFound,
     PayloadTooLarge,
     RequestError,
@@ -58,7 +59,11 @@ COMPLETION_PATHS = (
     "/v2/engines/<path:engine>/completions",
     "/engines/<path:engine>/completions",
 )
-RETRY_AFTER = {429: "1", 503: "5"}
+ELSEWHERE = "X-Retry-Elsewhere"
+"""Header by which a proxy in front of several services says that it sends on, by itself, what has status 425: a request
+that was not begun here. Any other 503 may have cost a step already, or may even be why a rank was lost."""
+TOO_EARLY = 425
+RETRY_AFTER = {429: "1", 503: "5", TOO_EARLY: "5"}
 """Units: seconds, by status, where the error itself does not know better."""
 
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -262,7 +267,8 @@ class _Front:
         if not isinstance(error, RequestError):
             return self._broken(error)
         g.said = error.code
-        answer = _json(schema.render_error(error), error.status)
+        elsewhere = isinstance(error, NotBegun) and ELSEWHERE in flask.request.headers
+        answer = _json(schema.render_error(error), TOO_EARLY if elsewhere else error.status)
         if error.retry_after_s is not None:
             answer.headers["Retry-After"] = str(max(math.ceil(error.retry_after_s), 1))
         if not error.worth_retrying:

@@ -18,7 +18,7 @@ from metaseq_api.core import Completion, Delta, Health, Request, Stats
 from metaseq_api.core.line import Line
 from metaseq_api.core.pending import PendingAnswer
 from metaseq_api.core.plain import error_from_plain, from_plain, to_plain
-from metaseq_api.errors import EngineStopped, MetaseqApiError
+from metaseq_api.errors import EngineStopped, MetaseqApiError, NotBegun
 
 ASK_S = 2.0
 """Units: seconds in which the engine's process says how it is, whatever its engine computes; else it is stuck."""
@@ -88,12 +88,12 @@ class RemoteEngine:
         return self._facts.vocab_size
 
     def submit(self, request: Request) -> RemoteAnswer:
-        """Raises: EngineStopped. What else the engine refuses it for, a stream raises here, any other in `result`."""
+        """Raises: NotBegun. What else the engine refuses it for, a stream raises here, any other in `result`."""
         number = next(self._numbers)
         answer = RemoteAnswer(lambda: self._line.send("cancel", number))
         with self._lock:
             if self._lost:
-                raise EngineStopped(_GONE)
+                raise NotBegun(_GONE)
             self._answers[number] = answer
         self._line.send("submit", number, to_plain(request))
         if request.stream:

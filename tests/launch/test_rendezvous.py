@@ -14,6 +14,7 @@ from metaseq_api.launch.rendezvous import (
     expand_nodes,
     expand_tasks,
     job_of,
+    outside_of_job,
     visible_gpus,
 )
 
@@ -101,6 +102,25 @@ def test_the_job_is_read_also_in_a_batch_script_and_is_none_in_a_shell() -> None
     assert job_of(BATCH) == Job(job_id="17")
     again = job_of(BATCH | {"SLURM_RESTART_COUNT": "2", "SLURM_JOB_END_TIME": "1795186366"})
     assert again == Job(job_id="17", restarts=2, end_time=1795186366.0)
+
+
+def test_an_element_of_a_job_array_is_not_taken_for_the_array() -> None:
+    """The last element to begin has the number of the whole array."""
+    element = BATCH | {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    found = job_of(element)
+    assert found
+    assert found.job_id == "17_2"
+
+
+def test_a_job_submitted_from_a_job_has_the_login_shells_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = STEP | {"SRUN_CPUS_PER_TASK": "4", "CUDA_VISIBLE_DEVICES": "0", "METASEQ_API_KEY": "a-key-of-a-service"}
+    for name, value in added.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("METASEQ_API_REGISTRY", "/shared/services")
+    found = outside_of_job()
+    assert not set(found) & set(added)
+    assert (found["SLURM_CONF"], found["METASEQ_API_REGISTRY"]) == ("/etc/slurm.conf", "/shared/services")
 
 
 def test_master_addr_and_port_override_what_slurm_says() -> None:

@@ -13,7 +13,7 @@ from metaseq_api.launch import sbatch
 from metaseq_api.launch.plan import lay_out
 from metaseq_api.launch.registry import Registry
 from metaseq_api.launch.sbatch import TAIL, Script
-from metaseq_api.launch.service import Order
+from metaseq_api.launch.submit import Order
 
 GOLDEN = Path(__file__).with_name("golden")
 BY_HAND = Path(__file__).parents[2] / "slurm" / "hosted.sbatch"
@@ -40,6 +40,7 @@ ORDERS = {
     "cpu_demo": order(
         name="demo", checkpoint=None, key="", layout=lay_out(OPT_SHAPES["opt-125m"], nodes=1, gpus=0), port=6010
     ),
+    "replicas": order(replicas=3, successor=True, options={"time": "4:00:00"}),
     "odd_names": order(
         checkpoint=Path("/data/my models/it's 100%"),
         setup=["module load cuda/12", "source ~/env"],

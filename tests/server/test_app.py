@@ -157,6 +157,7 @@ ERRORS: dict[str, tuple[int, str, str]] = {
     "QuotaExceeded": (429, "insufficient_quota", "insufficient_quota"),
     "DeadlineExceeded": (504, "timeout_error", "deadline_exceeded"),
     "EngineStopped": (503, "server_error", "engine_stopped"),
+    "NotBegun": (503, "server_error", "engine_stopped"),
     "RuntimeError": (500, "server_error", "internal_error"),
 }
 
@@ -190,6 +191,18 @@ def test_an_error_on_submit_is_answered_like_one_from_the_answer(client: FlaskCl
     engine.stopped = "the engine is stopping; ask again later"
     answer = client.post("/v1/completions", json=ASK)
     assert (answer.status_code, answer.json["error"]["message"]) == (503, engine.stopped)
+
+
+def test_a_proxy_is_told_by_425_what_was_not_begun_and_nobody_else_is(client: FlaskClient, engine: FakeEngine) -> None:
+    proxied = {"X-Retry-Elsewhere": "1"}
+    engine.fail_with = EngineStopped("the engine failed")  # in the middle of it, and it may be why
+    assert client.post("/v1/completions", json=ASK, headers=proxied).status_code == 503
+    engine.stopped = "the engine is stopping; ask again later"
+    for body in (ASK, ASK | {"stream": True}):
+        assert client.post("/v1/completions", json=body).status_code == 503
+        answer = client.post("/v1/completions", json=body, headers=proxied)
+        assert (answer.status_code, answer.json["error"]["code"]) == (425, "engine_stopped")
+        assert answer.headers["Retry-After"] == "5"
 
 
 def test_the_cause_of_a_500_is_in_the_log_under_the_request_id_and_not_in_the_answer(

@@ -178,6 +178,18 @@ def test_a_node_that_dies_is_named_and_with_requeue_the_service_is_back_once_the
     assert job.ask() == "answered"
 
 
+def test_a_rank_that_is_held_on_another_node_is_named_with_its_stack_and_ends_the_job(conf: Path, folder: Path) -> None:
+    job = Job(conf, folder, "--nodes=2", "--no-requeue")
+    job.wait_ready()
+    (held,) = [pid for pid in job.processes() if psutil.Process(pid).cmdline()[-1:] == ["rank1/2"]]
+    os.kill(held, signal.SIGSTOP)
+    named = rf"rank 1[^\n]*pid {held} on fake2[^\n]* stopped"
+    until(lambda: re.search(named, job.text), f"its name: {job.text}", 2 * TIMEOUT_S + 20)
+    assert "(most recent call first)" in job.text
+    until(lambda: job.state() == "FAILED", "the job to end", 60)
+    until(lambda: not job.processes(), "every process to be gone", 30)
+
+
 def kill_node(conf: Path, job: Job, node: str) -> None:
     """All that SLURM and the job have on a node, at once."""
     daemon = int((conf.parent / f"slurmd-{node}.pid").read_text())

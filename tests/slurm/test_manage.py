@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,21 +10,19 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-import psutil
 import pytest
 from support import slurm
-from support.processes import TESTS, clean_env, until
+from support.manage import Manage, answers, job_of, processes_of
+from support.processes import TESTS, until
 
 from metaseq_api.launch import cluster, sbatch, service
 from metaseq_api.launch.registry import Registry
 
 pytestmark = pytest.mark.slurm
 
-Manage = Callable[..., tuple[int, str, str]]
 ANSWER = " string of the string.\n\nIf the string is specified, the string is returned."
 
 
@@ -35,77 +30,6 @@ ANSWER = " string of the string.\n\nIf the string is specified, the string is re
 def conf() -> Iterator[Path]:
     """Four nodes of two GPUs and 64 CPUs."""
     yield from slurm.cluster(nodes=4, gpus=2, cpus=64)
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "my 100% own's")
-
-
-@pytest.fixture
-def door() -> ModuleType:
-    return importlib.import_module("metaseq_api.slurm.manage")
-
-
-@pytest.fixture
-def manage(
-    conf: Path, registry: Registry, door: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Manage]:
-    """Run a command: exit code, output, messages. Afterwards no job, process, port or file of a service is left."""
-    for name in set(os.environ) - set(clean_env()):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", str(conf))
-    monkeypatch.setenv("METASEQ_API_REGISTRY", str(registry.folder))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DUMMY_HOST", "support.registered_host")
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    monkeypatch.chdir(registry.folder.parent)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = door.main(list(argv))
-        return (code, *capfd.readouterr())
-
-    yield run
-    ports = [r.port for name in registry.names() for r in registry.records(name)]
-    subprocess.run(["scancel", "--me"], timeout=20, check=True)
-    for name in registry.names():
-        service.stop(registry, name)
-    left = [p for p in registry.folder.rglob("*") if p.parent.name != "logs" and p.name != "logs"]
-    assert left == []
-    until(lambda: not processes_of(registry), "every process of every service to be gone", 20)
-    assert not [port for port in ports if answers(port)]
-
-
-def processes_of(registry: Registry) -> list[psutil.Process]:
-    """What jobs of this registry's services run, on any node: all nodes are this machine."""
-    found = []
-    for p in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if p.environ().get("METASEQ_API_REGISTRY") == str(registry.folder):
-                found.append(p)
-    return found
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.fixture
-def light(tmp_path: Path) -> list[str]:
-    """Flags of submit that have the nodes start a service without a model: up in half a second."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/bash\nshift 2\nexec {sys.executable} -m support.door "$@"\n')
-    python.chmod(0o755)
-    return ["submit", "--gpus", "0", "--python", str(python)]
-
-
-def job_of(registry: Registry, name: str) -> str:
-    submission = registry.submission(name)
-    assert submission
-    return submission.job
 
 
 def test_submit_waits_and_prints_what_answers(manage: Manage, registry: Registry) -> None:

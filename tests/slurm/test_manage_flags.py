@@ -26,7 +26,17 @@ def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     [
         (["submit", "--acount=x"], 2, "unrecognized arguments: --acount=x; did you mean --account?; see --help"),
         (["submit", "--output=x"], 2, "--output is not passed on to sbatch: `metaseq-api-slurm logs NAME` finds it"),
-        (["submit", "--array=0-3"], 2, "--array is not passed on to sbatch: give one --name for each service"),
+        (["submit", "--array=0-3"], 2, "--array is not passed on to sbatch: give --replicas, or one --name for"),
+        (["submit", "--gpus", "0", "--replicas", "2", "--port", "6010"], 2, "--port 6010 cannot be had twice on one"),
+        (
+            ["submit", "--gpus", "0", "--successor", "--port", "6010"],
+            2,
+            "metaseq-api-slurm proxy` has a --port for",
+        ),
+        (["submit", "--replicas", "0"], 2, "argument --replicas: '0' is not a number from 1 on"),
+        (["proxy", "nobody"], 31, "there is no service nobody in "),
+        (["proxy", "nobody", "--haproxy", "/nowhere/haproxy"], 8, "/nowhere/haproxy is not found here; have it"),
+        (["proxy", "nobody", "--mem", "1gb"], 2, "--mem is for sbatch, and this proxy runs here; give --job too"),
         (["submit", "--partion", "gpu"], 2, "did you mean --partition?"),
         (["submit", "--nodes", "0"], 2, "argument -N/--nodes: '0' is not a number from 1 on"),
         (["submit", "--gpus", "0", "--name", "a/b", "--dry-run"], 2, "'a/b' cannot be a service's name"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,49 @@ def test_a_batch_script_without_srun_starts_its_ranks_itself(conf: Path, tmp_pat
     told = told_in(tmp_path, 2)
     assert where(told) == [(0, 2, 0, 2, "fake1"), (1, 2, 1, 2, "fake1")]
     assert {t["rank"]["init"].split(":")[0] for t in told} == {"file"}
+
+
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m support.door --port 0"
+
+
+def test_torchrun_in_a_batch_script_counts_as_torchrun(conf: Path, tmp_path: Path) -> None:
+    tests = str(TEMPLATE.parents[1] / "tests")
+    sbatch(conf, tmp_path, "-N1", "--cpus-per-task", "2", "--wrap", TORCHRUN, PYTHONPATH=tests, OMP_NUM_THREADS="1")
+    told = told_in(tmp_path, 2)
+    assert where(told) == [(0, 2, 0, 2, "fake1"), (1, 2, 1, 2, "fake1")]
+    assert {t["rank"]["init"].split(":")[0] for t in told} == {"agent"}
+
+
+@pytest.mark.parametrize(
+    ("line", "node", "init"),
+    [
+        (f"{' '.join(DOOR)} --model-parallel 2", "", "file"),
+        (f"srun -n1 --gpus-per-node 2 {' '.join(DOOR)} --model-parallel 2", "fake1", "file"),
+        (f"srun -n2 --gpus-per-task 1 {' '.join(DOOR)}", "fake1", "step"),
+        (TORCHRUN, "", "agent"),
+    ],
+    ids=["alone", "srun, a task per node", "srun, a task per GPU", "torchrun"],
+)
+def test_inside_salloc(conf: Path, tmp_path: Path, line: str, node: str, init: str) -> None:
+    """By itself a command runs where salloc was typed, and its ranks are its own; srun takes it to the node."""
+    argv = ["salloc", "--quiet", "--immediate=20", "-N1", "--ntasks-per-node=2", "--gpus-per-node=2", *line.split()]
+    with family(argv, tmp_path, SLURM_CONF=str(conf), DUMMY_ONCE="1", OMP_NUM_THREADS="1") as f:
+        told = f.up(2)
+        code, err = f.end()
+        assert code == 0, err
+        f.assert_nothing_left_running()
+    here = node or socket.gethostname()
+    assert where(told) == [(0, 2, 0, 2, here), (1, 2, 1, 2, here)]
+    assert {t["rank"]["init"].split(":")[0] for t in told} == {init}
+
+
+def test_the_end_of_an_salloc_ends_what_runs_in_it(conf: Path, tmp_path: Path) -> None:
+    argv = ["salloc", "--quiet", "--immediate=20", "-N2", "srun", "--ntasks-per-node=1", *DOOR, "--model-parallel", "4"]
+    with family(argv, tmp_path, SLURM_CONF=str(conf), OMP_NUM_THREADS="1") as f:
+        f.up(4)
+        subprocess.run(["scancel", "--me"], env=clean_env(SLURM_CONF=str(conf)), timeout=20, check=True)
+        f.end()
+        f.assert_nothing_left()
 
 
 def test_the_sbatch_template_starts_the_door_once_per_node(conf: Path, tmp_path: Path) -> None:

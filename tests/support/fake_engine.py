@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, Stats, TokenLogprobs
-from metaseq_api.errors import EngineStopped
+from metaseq_api.errors import NotBegun
 
 FIRST_BYTE = 4
 UNLIKELY = float("-inf")
@@ -137,7 +137,7 @@ class FakeEngine:
 
     def submit(self, request: Request) -> FakeAnswer:
         if self.stopped:
-            raise EngineStopped(self.stopped)
+            raise NotBegun(self.stopped)
         answer = FakeAnswer(self, request)
         self.requests.append(request)
         self.answers.append(answer)

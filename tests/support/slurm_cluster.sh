@@ -2,6 +2,7 @@
 # A real SLURM on one machine, for tests: any number of pretended nodes, GPUs and CPUs, gone without a trace afterwards.
 #
 #   slurm_cluster.sh install                              Debian's packages, if they are missing (needs root)
+#   slurm_cluster.sh install-haproxy                      the same for what stands in front of several replicas
 #   slurm_cluster.sh start FOLDER NODES GPUS CPUS         per node; returns when every node is idle
 #   slurm_cluster.sh stop FOLDER                          cancel what runs, stop the daemons, remove FOLDER
 #
@@ -28,6 +29,15 @@ install_packages() {
     apt-get update -qq >/dev/null &&
         apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null ||
         fail "apt-get could not install slurmctld, slurmd, slurm-client and munge"
+}
+
+install_haproxy() {
+    ! PATH=$PATH:/usr/sbin command -v haproxy >/dev/null || return 0
+    [ "$(id -u)" = 0 ] || fail "HAProxy is not installed, and only root can install it"
+    command -v apt-get >/dev/null || fail "HAProxy is not installed, and there is no apt-get to install it with"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends haproxy >/dev/null ||
+        fail "apt-get could not install haproxy"
 }
 
 # ports that are free now, next to each other: one for the controller and one per node
@@ -109,8 +119,15 @@ ReturnToService=2
 KillWait=${KILL_WAIT:-3}
 ${gres:+GresTypes=gpu}
 NodeName=$names NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$ports CPUs=$cpus RealMemory=4096 $gres
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 EOF
+    # a second partition of the same nodes, whose jobs push those of main aside: PREEMPT=REQUEUE or CANCEL
+    [ -z "${PREEMPT:-}" ] || cat >>"$dir/slurm.conf" <<EOF
+PreemptType=preempt/partition_prio
+PreemptMode=$PREEMPT
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+EOF
+    [ -z "${GRACE_TIME:-}" ] || sed -i "/^PartitionName=main /s/$/ GraceTime=$GRACE_TIME/" "$dir/slurm.conf"
 }
 
 start() { # FOLDER NODES GPUS CPUS
@@ -129,7 +146,7 @@ start() { # FOLDER NODES GPUS CPUS
         slurmd -N "fake$i" >>"$dir/slurmd-fake$i.log" 2>&1 || fail "$(tail -3 "$dir/slurmd-fake$i.log")"
     done
     for ((i = 0; i < 300; i++)); do
-        [ "$(sinfo -h -N -o %T 2>/dev/null | grep -c '^idle$' || true)" != "$nodes" ] || return 0
+        [ "$(sinfo -h -N -p main -o %T 2>/dev/null | grep -c '^idle$' || true)" != "$nodes" ] || return 0
         sleep 0.1
     done
     fail "the nodes did not become idle: $(sinfo -h -N -o '%N %T' 2>&1 | tr '\n' ' ')"
@@ -170,7 +187,8 @@ stop() { # FOLDER
 
 case ${1:-} in
 install) install_packages ;;
+install-haproxy) install_haproxy ;;
 start) start "${@:2}" ;;
 stop) stop "$2" ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+*) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
