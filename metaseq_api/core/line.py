@@ -17,6 +17,12 @@ _HEAD = struct.Struct("!I")
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
+def written(*message: Any) -> bytes:
+    """A message as it goes over a line."""
+    data = _encode(message).encode("ascii")
+    return _HEAD.pack(len(data)) + data
+
+
 class Line:
     """One end. Any thread may send; one thread receives."""
 
@@ -27,10 +33,13 @@ class Line:
 
     def send(self, *message: Any) -> bool:
         """Say something; whether somebody may still hear it. Waits where the other side is slow to read."""
-        data = _encode(message).encode("ascii")
+        return self.write(written(*message))
+
+    def write(self, data: bytes) -> bool:
+        """Send messages that are `written`; as `send`."""
         try:
             with self._sending:
-                self._sock.sendall(_HEAD.pack(len(data)) + data)
+                self._sock.sendall(data)
         except OSError:  # it has gone; whoever receives here finds out
             return False
         return True

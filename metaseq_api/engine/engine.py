@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -65,6 +66,7 @@ class Engine:
         self.stats = Stats()
         self._book = Book(tokenizer)
         self._told: set[Ticket] = set()
+        self._after_turn: Callable[[], None] = lambda: None
         self._deadlines = Deadlines()
         self._num_queued = 0
         self._drain = DrainRate()
@@ -95,6 +97,10 @@ class Engine:
 
     def decode(self, token_ids: Seq[int]) -> str:
         return self._tokenizer.decode(token_ids)
+
+    def after_turn(self, call: Callable[[], None]) -> None:
+        """Have this called at the end of each turn, when whoever streams was woken, and of all; it must not fail."""
+        self._after_turn = call
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -300,6 +306,7 @@ class Engine:
         for ticket in self._told:
             ticket.notify()
         self._told.clear()
+        self._after_turn()
 
     def _give_up(self, ticket: Ticket) -> None:
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
@@ -342,6 +349,7 @@ class Engine:
                 ticket.fail(EngineStopped(self._stopped))
                 with self._lock:
                     self._num_queued -= ticket.num_sequences
+        self._after_turn()
 
 
 _WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)

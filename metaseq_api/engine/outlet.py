@@ -4,38 +4,49 @@
     to it                told [[number, deltas] ...] | answered number completions | failed number error
                          health number value | stats number value
 
-One thread hears. Another sends all that a turn of the engine told in one message, so that the engine's own thread
-neither writes nor waits. Knows the engine and the line. Does not know HTTP, or how the other process is started.
+One thread hears. What a turn of the engine told is written down by the engine's own thread at the end of the turn, in
+one message, for two threads that compute in Python hold each other up; another thread sends it, which may have to wait.
+Knows the engine and the line. Does not know HTTP, or how the other process is started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from metaseq_api.core import Delta, EngineProtocol, Request
-from metaseq_api.core.line import Line
+from metaseq_api.core.line import Line, written
 from metaseq_api.core.plain import error_to_plain, from_plain, to_plain
 from metaseq_api.core.protocols import Answer
 from metaseq_api.errors import MetaseqApiError
 
 
+class Engine(EngineProtocol, Protocol):
+    """What more is asked of it."""
+
+    def after_turn(self, call: Callable[[], None]) -> None:
+        """Have its thread call this at the end of each turn, and of all."""
+        ...
+
+
 class Outlet:
     """`gone` is called once, by the thread that hears, when the front end has gone, for whatever reason."""
 
-    def __init__(self, engine: EngineProtocol, line: Line, gone: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, line: Line, gone: Callable[[], None]) -> None:
         self._engine, self._line, self._gone = engine, line, gone
         self._answers: dict[int, tuple[Answer, Request]] = {}
-        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._noted: set[int] = set()
+        self._noted: deque[int] = deque()
+        self._telling = threading.Lock()
+        self._out: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
         """Hear and send from now on, in threads of its own."""
-        for name, job in (("outlet hears", self._hear), ("outlet tells", self._tell)):
+        self._engine.after_turn(self._tell)
+        for name, job in (("outlet hears", self._hear), ("outlet sends", self._send)):
             threading.Thread(target=job, name=name, daemon=True).start()
 
     # the thread that hears
@@ -56,72 +67,73 @@ class Outlet:
             if number in self._answers:
                 self._answers[number][0].cancel()
         elif what == "health":
-            self._line.send(what, number, to_plain(self._engine.health()))
+            self._out.put(written(what, number, to_plain(self._engine.health())))
         else:
             assert what == "stats", what
-            self._line.send(what, number, to_plain(self._engine.stats))
+            self._out.put(written(what, number, to_plain(self._engine.stats)))
 
     def _submit(self, number: int, request: Request) -> None:
         try:
             answer = self._engine.submit(request)
         except MetaseqApiError as e:
-            self._line.send("failed", number, error_to_plain(e))
+            self._out.put(written("failed", number, error_to_plain(e)))
             return
         if request.stream:
-            self._line.send("told", [[number, []]])  # it is admitted: the head of the answer may go out
+            self._out.put(written("told", [[number, []]]))  # it is admitted: the head of the answer may go out
         self._answers[number] = answer, request
-        answer.watch(functools.partial(self._note, number))
+        answer.watch(lambda: self._noted.append(number))  # there is something to take, or it has ended
+        if self._noted:  # already, and the engine may have nothing to do
+            self._tell()
 
     # the engine's thread
 
-    def _note(self, number: int) -> None:
-        """There is something to take, or the answer has ended."""
-        if number not in self._noted:
-            self._noted.add(number)
-            self._news.put(number)
-
-    # the thread that tells
-
     def _tell(self) -> None:
+        """Write down what there is to tell."""
+        with self._telling:
+            noted = [self._noted.popleft() for _ in range(len(self._noted))]
+            if not noted:
+                return
+            told: list[Any] = []
+            endings = [
+                written(*end) for number in dict.fromkeys(noted) if (end := self._take(number, told)) is not None
+            ]
+            self._out.put(b"".join([written("told", told), *endings] if told else endings))
+
+    def _take(self, number: int, told: list[Any]) -> tuple[Any, ...] | None:
+        """Add to `told` what of this answer there is, and give how it ended if it has."""
+        if number not in self._answers:
+            return None
+        answer, request = self._answers[number]
+        has_ended, deltas, end = answer.ended, [], None
         try:
-            while True:
-                told, ended = self._take(self._noticed())
-                if told and not self._line.send("told", told):
-                    return
-                for message in ended:
-                    self._line.send(*message)
+            deltas = answer.take() if request.stream else []
+            if has_ended:
+                completions = answer.result(0)
+                end = "answered", number, [] if request.stream else to_plain(completions)
+        except MetaseqApiError as e:
+            end = "failed", number, error_to_plain(e)
+        if deltas:
+            told.append([number, [_plain(delta) for delta in deltas]])
+        if has_ended:
+            del self._answers[number]
+        return end
+
+    # the thread that sends
+
+    def _send(self) -> None:
+        try:
+            while self._line.write(self._waiting()):
+                pass
         finally:
             self._line.hang_up()  # whatever happened: nobody may wait for an answer that does not come
 
-    def _noticed(self) -> list[int]:
-        """Wait for news; of which answers."""
-        numbers = [self._news.get()]
+    def _waiting(self) -> bytes:
+        """Wait for something to send; all there is."""
+        data = [self._out.get()]
         with contextlib.suppress(queue.Empty):
             while True:
-                numbers.append(self._news.get_nowait())
-        return numbers
-
-    def _take(self, numbers: list[int]) -> tuple[list[Any], list[tuple[Any, ...]]]:
-        """What of these answers there is to tell, and how those ended that have."""
-        told, endings = [], []
-        for number in numbers:
-            self._noted.discard(number)  # first: what comes from here on is noted again
-            if number not in self._answers:
-                continue
-            answer, request = self._answers[number]
-            has_ended, deltas = answer.ended, []
-            try:
-                deltas = answer.take() if request.stream else []
-                if has_ended:
-                    completions = answer.result(0)
-                    endings.append(("answered", number, [] if request.stream else to_plain(completions)))
-            except MetaseqApiError as e:
-                endings.append(("failed", number, error_to_plain(e)))
-            if deltas:
-                told.append([number, list(map(_plain, deltas))])
-            if has_ended:
-                del self._answers[number]
-        return told, endings
+                data.append(self._out.get_nowait())
+        return b"".join(data)
 
 
 def _plain(delta: Delta) -> list[Any]:
