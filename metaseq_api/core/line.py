@@ -46,7 +46,7 @@ class Line:
 
     def messages(self) -> Iterator[list[Any]]:
         """What the other side says, until it has gone."""
-        while len(head := self._said.read(_HEAD.size)) == _HEAD.size:
+        while not self._said.closed and len(head := self._said.read(_HEAD.size)) == _HEAD.size:
             (length,) = _HEAD.unpack(head)
             data = self._said.read(length)
             if len(data) < length:

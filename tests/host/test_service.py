@@ -133,9 +133,41 @@ def test_a_killed_rank_ends_the_job_and_is_named(rank: int, busy: bool, start: S
     assert "SIGKILL" in last
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+def test_a_killed_front_end_ends_the_job_and_is_named(busy: bool, start: Start) -> None:
+    service = start("--model-parallel", "2")
+    if busy:
+        service.generate_for_ever()
+    front = service.front
+    front.kill()
+    assert service.end(10) == 20
+    last = service.said()[-1]
+    assert last.startswith("metaseq-api-local: error: the HTTP front end of rank 0"), service.lines
+    assert f"(pid {front.pid}) was killed by SIGKILL" in last
+
+
+def test_the_front_end_says_that_rank_0_is_held(start: Start) -> None:
+    service = start()
+    assert service.status("/health") == 200
+    service.ranks[0].suspend()
+    assert service.status("/health") == 503
+    assert service.status("/metrics") == 503
+    service.ranks[0].resume()
+    until(lambda: service.status("/health") == 200, "the service to be well again")
+    assert service.complete(prompt=[7], max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_a_front_end_that_cannot_begin_ends_the_job_with_its_reason(start: Start, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% if %}")
+    service = start("--chat-template", str(template), wait=False)
+    assert service.end(60) == 2
+    assert "template" in service.said()[-1], service.lines
+
+
 def test_no_rank_outlives_a_killed_parent(start: Start) -> None:
     service = start("--model-parallel", "2")
-    ranks = [p.pid for p in service.ranks]
+    ranks = [service.front.pid, *(p.pid for p in service.ranks)]
     service.process.kill()
     until(lambda: all(map(gone, ranks)), "the ranks to be gone", 10)
 

@@ -59,6 +59,12 @@ class Service:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return sorted((c for c in children if "metaseq_api.host" in c.cmdline()), key=lambda c: c.cmdline()[-1])
 
+    @property
+    def front(self) -> psutil.Process:
+        """The front end's process."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(c for c in children if c.cmdline()[-1] == "metaseq_api.front")
+
     def complete(self, timeout: float = 60, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
