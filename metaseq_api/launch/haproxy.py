@@ -40,7 +40,7 @@ defaults
     timeout client 1d # a request may take its time: a lost node is noticed by keep-alive packets
     timeout server 1d
     timeout queue 1h
-    timeout check 5s
+    timeout check 8s
     option clitcpka
     option srvtcpka
     srvtcpka-idle 10s

@@ -20,8 +20,11 @@ from metaseq_api.core.pending import PendingAnswer
 from metaseq_api.core.plain import error_from_plain, from_plain, to_plain
 from metaseq_api.errors import EngineStopped, MetaseqApiError, NotBegun
 
-ASK_S = 2.0
-"""Units: seconds in which the engine's process says how it is, whatever its engine computes; else it is stuck."""
+ASK_S = 5.0
+"""Units: seconds in which the engine's process says how it is, whatever its engine computes; else it is stuck.
+
+Where three services shared two cores, one answer in 453 took 2.5 (2026-11-28).
+"""
 _GONE = "the engine has ended; ask again elsewhere or later"
 
 

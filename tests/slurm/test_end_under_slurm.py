@@ -185,7 +185,7 @@ def test_a_rank_that_is_held_on_another_node_is_named_with_its_stack_and_ends_th
     os.kill(held, signal.SIGSTOP)
     named = rf"rank 1[^\n]*pid {held} on fake2[^\n]* stopped"
     until(lambda: re.search(named, job.text), f"its name: {job.text}", 2 * TIMEOUT_S + 20)
-    assert "(most recent call first)" in job.text
+    until(lambda: "(most recent call first)" in job.text, f"its stack: {job.text}", 20)
     until(lambda: job.state() == "FAILED", "the job to end", 60)
     until(lambda: not job.processes(), "every process to be gone", 30)
 
