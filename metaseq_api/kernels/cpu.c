@@ -362,8 +362,11 @@ static void lay_out(const step *s, const int32_t *table, long h, long context, c
         const uint32_t *pairs = (const uint32_t *)(keys + from);
         uint32_t *to = (uint32_t *)k + (c / 16) * (dim / 32) * 256 + c % 16;
         for (long d = 0; d < dim / 2; d++) to[d * 16] = pairs[d];
-        bf16 *w = v + (c / 32) * (dim / 16) * 512 + (c % 32 / 2) * 32 + c % 2;
-        for (long d = 0; d < dim; d++) w[(d / 16) * 512 + (d % 16) * 2] = values[from + d];
+        bf16 *w = v + (c / 32) * (dim / 16) * 512 + (c % 32 / 2) * 32;
+        for (long d = 0; d < dim; d += 16, w += 512) {
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + from + d)));
+            _mm512_storeu_si512(w, c % 2 ? _mm512_or_si512(_mm512_loadu_si512(w), _mm512_slli_epi32(x, 16)) : x);
+        }
     }
 }
 

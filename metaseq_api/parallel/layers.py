@@ -86,7 +86,8 @@ class Linear(nn.Module):
         if self._few(x):
             return self.forward(_padded(x), activation)[: x.shape[0]]
         if self.most is not None and len(x) > self.most:
-            return torch.cat([self.forward(few, activation) for few in torch.split(x, self.most)])
+            parts: list[Tensor] = [self.forward(few, activation) for few in torch.split(x, self.most)]
+            return torch.cat(parts)
         if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
             return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
         if self.packed and activation != "gelu":
@@ -101,7 +102,7 @@ class Linear(nn.Module):
         """forward(x), in fp32 where the sums are at hand in it."""
         if self.native is not None and self.context.tensor_size == 1:
             return self.native.linear(x, self.weight, self.num_outputs, self.bias, dtype=torch.float32)
-        return self(x)
+        return self.forward(x)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + forward(x), in one kernel where there is one."""
