@@ -57,6 +57,10 @@ class Native:
         self._library = ctypes.CDLL(str(path))
         self._library.metaseq_begin.argtypes = []
         self._library.metaseq_pack.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT]
+        self._library.metaseq_pack_wide.argtypes = self._library.metaseq_pack.argtypes
+        self._linear_wide = self._library.metaseq_linear_wide
+        self._linear_wide.argtypes = [_ADDRESS, _LONG, *[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT, _INT]
+        self._linear_wide.restype = None
         self._linear = self._library.metaseq_linear
         self._linear.argtypes = [_ADDRESS, _LONG, *[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT, _INT, _INT]
         self._linear.restype = None
@@ -71,14 +75,22 @@ class Native:
         """Ask the kernel for AMX; whether it may be used."""
         return bool(self._library.metaseq_begin() == 0)
 
+    def takes(self, weight_OI: Tensor) -> bool:
+        """Whether `linear` has a way for such a weight."""
+        return weight_OI.dtype == torch.float32 or (
+            weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] % INPUTS == 0
+        )
+
     def pack(self, weight_OI: Tensor) -> Tensor:
-        """A bf16 weight in the order in which `linear` reads it, O filled up to whole panels."""
+        """A weight in the order in which `linear` reads it, O filled up to whole panels."""
         outputs, inputs = weight_OI.shape
-        assert weight_OI.dtype == torch.bfloat16
+        assert self.takes(weight_OI)
         assert weight_OI.is_contiguous()
-        assert inputs % INPUTS == 0
-        packed = torch.empty(-(-outputs // 32) * 32, inputs, dtype=torch.bfloat16)
-        self._library.metaseq_pack(weight_OI.data_ptr(), packed.data_ptr(), outputs, inputs, torch.get_num_threads())
+        narrow = weight_OI.dtype == torch.bfloat16
+        panel = 32 if narrow else 64
+        packed = torch.empty(-(-outputs // panel) * panel, inputs, dtype=weight_OI.dtype)
+        pack = self._library.metaseq_pack if narrow else self._library.metaseq_pack_wide
+        pack(weight_OI.data_ptr(), packed.data_ptr(), outputs, inputs, torch.get_num_threads())
         return packed
 
     def linear(
@@ -90,29 +102,28 @@ class Native:
         residual: Tensor | None = None,
         *,
         relu: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """relu?(x W^T + b) + residual, rounded once at the end, to bf16 or fp32. Shapes: -> [T, O]."""
+        """relu?(x W^T + b) + residual, rounded once at the end, to the weight's dtype or fp32. Shapes: -> [T, O]."""
         num, inputs = x_TI.shape
-        assert x_TI.dtype == torch.bfloat16
+        assert x_TI.dtype == packed.dtype
         assert x_TI.stride(1) == 1
         assert inputs == packed.shape[1]
         assert residual is None or residual.is_contiguous()
-        y_TO = torch.empty(num, num_outputs, dtype=dtype)
-        self._linear(
+        y_TO = torch.empty(num, num_outputs, dtype=dtype or packed.dtype)
+        addresses = (
             x_TI.data_ptr(),
             x_TI.stride(0),
             packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             y_TO.data_ptr(),
-            num,
-            inputs,
-            num_outputs,
-            relu,
-            dtype.itemsize,
-            torch.get_num_threads(),
         )
+        threads = torch.get_num_threads()
+        if packed.dtype == torch.float32:
+            self._linear_wide(*addresses, num, inputs, num_outputs, relu, threads)
+        else:
+            self._linear(*addresses, num, inputs, num_outputs, relu, y_TO.itemsize, threads)
         return y_TO
 
     def norm(self, x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import INPUTS, Native, native
+from metaseq_api.kernels.native import Native, native
 from metaseq_api.parallel.context import ParallelContext
 
 LEAST_ROWS = 4
@@ -66,8 +66,8 @@ class Linear(nn.Module):
         self.weight = weight.to(device, self.dtype).contiguous()
         self.bias = None if bias is None else bias.to(device, self.dtype).contiguous()
         self.num_outputs = len(weight)
-        if device.type == "cpu" and self.dtype == torch.bfloat16 and weight.shape[1] % INPUTS == 0:
-            self.native = native()
+        own = native() if device.type == "cpu" else None
+        self.native = own if own is not None and own.takes(self.weight) else None
         if self.native is not None:
             self.weight = self.native.pack(self.weight)
         elif _packs(device, self.dtype):

@@ -44,6 +44,20 @@ def test_a_linear_layer_is_rounded_once(rows: int, shape: tuple[int, int]) -> No
     torch.testing.assert_close(own().linear(x, packed, outputs, None).float(), want - bias.float(), **near)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
+@pytest.mark.parametrize("shape", [(8, 8), (50, 64), (768, 70), (300, 200)], ids=str)
+def test_a_linear_layer_in_fp32_is_torchs(rows: int, shape: tuple[int, int]) -> None:
+    inputs, outputs = shape
+    x, weight, bias, residual = (
+        t.float() for t in (normal(rows, inputs), normal(outputs, inputs), normal(outputs), normal(rows, outputs))
+    )
+    packed, want = own().pack(weight), F.linear(x, weight, bias)
+    close = {"rtol": 1e-5, "atol": 2e-4}
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, relu=True), want.relu(), **close)
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, residual), want + residual, **close)
+    torch.testing.assert_close(own().linear(x, packed, outputs, None), want - bias, **close)
+
+
 def test_rows_of_a_wider_tensor_are_multiplied_where_they_lie() -> None:
     wide, weight = normal(20, 96), normal(40, 64)
     packed = own().pack(weight)
