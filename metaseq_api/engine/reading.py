@@ -59,9 +59,7 @@ class Reading:
             return
         chosen = logits if len(ats) == len(logits) else logits[ats]
         tracks = [self._book[rows[at][0].seq_id] for at in ats]
-        for track, scored in zip(
-            tracks, self._sampler.sample(chosen, [t.row() for t in tracks], spent=True), strict=True
-        ):
+        for track, scored in zip(tracks, self._sampler.sample(chosen, [t.row() for t in tracks]), strict=True):
             self.tokens[track.seq.seq_id] = scored
             if scored is None:
                 self.unsound.add(track.ticket)

@@ -189,8 +189,8 @@ def _folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):
-        pass
+    except (OSError, RuntimeError) as e:
+        log.info("no cache folder: %s", e)
     return Path(tempfile.mkdtemp(prefix="metaseq-api-"))
 
 
