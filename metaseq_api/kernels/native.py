@@ -1,4 +1,4 @@
-"""What a CPU runs of our own (`cpu.c`), compiled on the machine that runs it, once, and called with plain addresses.
+"""What a CPU runs of our own (`cpu/`), compiled on the machine that runs it, once, and called with plain addresses.
 
 Where there is no compiler, no AMX, or no Linux, there is none of it, and torch's own operations serve (`native`). The
 library lies in the user's cache folder, named by source, compiler and processor, so that a second start finds it.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
@@ -36,7 +36,7 @@ _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 class Step(ctypes.Structure):
-    """`step` of cpu.c: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
+    """`step` of cpu/attention.c: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
 
     _fields_ = (
         *((name, _ADDRESS) for name in ("block_T", "offset_T", "row_B", "context_B", "table_BN")),
@@ -168,15 +168,16 @@ def _compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler (gcc or clang) on the PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE_S).stdout
-    about = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor())
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    about = (*(path.read_bytes() for path in sources), " ".join(FLAGS).encode(), version, _processor())
     path = _folder() / f"native-{hashlib.sha256(b'/'.join(about)).hexdigest()[:16]}.so"
     if not path.exists():
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # ranks that start together do it each
             made = Path(scratch, path.name)
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, check=True, timeout=PATIENCE_S
-            )
+            given = [str(p) for p in sources if p.suffix == ".c"]
+            command = [compiler, *FLAGS, "-o", str(made), *given]
+            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
             made.replace(path)
         log.info("compiled kernels for this CPU in %.1f s", time.monotonic() - began)
     return path

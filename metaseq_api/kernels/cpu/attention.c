@@ -1,56 +1,5 @@
-/* What a CPU with AMX runs of our own: linear layers and attention of generated tokens over the paged cache in bf16
- * and fp32, norms and attention of prompts in bf16.
- *
- * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
- * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
- *
- * Knows numbers in memory. Does not know torch; `native.py` compiles this and calls it, with shapes it has checked.
- *
- * Shapes: T rows, I inputs, O outputs; H heads, D head width, S tokens of a block, C tokens of a context.
- */
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-typedef uint16_t bf16;
-
-#define INLINE static inline __attribute__((always_inline))
-
-static inline float wide(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-/* ---- tiles ---- */
-
-/* The compiler does not see that a tile's load reads memory: what was written before must be there. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
-
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t width[16];
-    uint8_t rows[16];
-} tile_config;
-
-/* Tiles 0-3 are sums, 4 and 5 left factors, 6 and 7 right ones. `low` and `high`: rows of the two left factors. */
-static void configure(int low, int high) {
-    tile_config c;
-    memset(&c, 0, sizeof c);
-    c.palette = 1;
-    for (int i = 0; i < 8; i++) {
-        c.width[i] = 64;
-        c.rows[i] = 16;
-    }
-    c.rows[0] = c.rows[1] = c.rows[4] = low;
-    c.rows[2] = c.rows[3] = c.rows[5] = high ? high : 16;
-    _tile_loadconfig(&c);
-}
+/* Attention over the paged cache: of generated tokens one by one, of a prompt in tiles of 32 queries. */
+#include "cpu.h"
 
 /* For one query: tile 6 and the sums are one column wide. */
 static void configure_column(void) {
@@ -62,233 +11,6 @@ static void configure_column(void) {
     c.width[0] = c.width[6] = 4;
     _tile_loadconfig(&c);
 }
-
-/* Ask the kernel for the tiles' registers; 0 where it gives them. */
-int metaseq_begin(void) { return syscall(SYS_arch_prctl, 0x1023, 18); }
-
-/* ---- linear layers ---- */
-
-enum { PANEL = 32, STEP = 32 };
-
-/* W [O, I] -> [O / 32][I / 32][2][16][16][2]: for each 32 inputs two tiles of 16 outputs; O is filled up with zeros. */
-void metaseq_pack(const bf16 *w, bf16 *packed, long num_outputs, long num_inputs, int threads) {
-    long panels = (num_outputs + PANEL - 1) / PANEL, steps = num_inputs / STEP;
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < panels; p++)
-        for (long s = 0; s < steps; s++)
-            for (int o = 0; o < PANEL; o++)
-                for (int i = 0; i < STEP; i++) {
-                    long from = p * PANEL + o;
-                    bf16 *tile = packed + ((p * steps + s) * 2 + o / 16) * 512;
-                    tile[(i / 2) * 32 + (o % 16) * 2 + i % 2] = from < num_outputs ? w[from * num_inputs + s * STEP + i] : 0;
-                }
-}
-
-/* Sums of up to 32 rows and one panel into sums[32][32]. */
-static void multiply(const bf16 *x, long stride, int rows, const bf16 *panel, long steps, float *sums) {
-    WRITTEN;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (rows <= 16) {
-        for (long s = 0; s < steps; s++, x += STEP, panel += 1024) {
-            _mm_prefetch((const char *)(panel + 8192), _MM_HINT_T0);
-            _tile_loadd(4, x, stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-    } else {
-        _tile_zero(2);
-        _tile_zero(3);
-        const bf16 *more = x + 16 * stride;
-        for (long s = 0; s < steps; s++, x += STEP, more += STEP, panel += 1024) {
-            _tile_loadd(4, x, stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, more, stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, sums + 16 * PANEL, PANEL * 4);
-        _tile_stored(3, sums + 16 * PANEL + 16, PANEL * 4);
-    }
-    _tile_stored(0, sums, PANEL * 4);
-    _tile_stored(1, sums + 16, PANEL * 4);
-}
-
-/* Bias, residual and activation, then one rounding to bf16 (`bytes` 2) or none (4). */
-static void finish(const float *sums, int rows, int num, const bf16 *bias, const bf16 *residual, char *y, long stride, int relu, int bytes) {
-    for (int half = 0; half < 2 && half * 16 < num; half++) {
-        int left = num - half * 16;
-        __mmask16 mask = left >= 16 ? 0xffff : (1 << left) - 1;
-        __m512 b = _mm512_setzero_ps();
-#define WIDE(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16))
-        if (bias) b = WIDE(bias + half * 16);
-        for (int r = 0; r < rows; r++) {
-            __m512 v = _mm512_add_ps(_mm512_loadu_ps(sums + r * PANEL + half * 16), b);
-            if (relu) v = _mm512_max_ps(v, _mm512_setzero_ps());
-            if (residual) v = _mm512_add_ps(v, WIDE(residual + r * stride + half * 16));
-            char *to = y + (r * stride + half * 16) * bytes;
-            if (bytes == 4) _mm512_mask_storeu_ps(to, mask, v);
-            else _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(v));
-        }
-    }
-}
-
-/* y = relu?(x W^T + b) + residual. x [T, I] with rows `stride` apart, y and residual [T, O]. */
-void metaseq_linear(const bf16 *x, long stride, const bf16 *packed, const bf16 *bias, const bf16 *residual, char *y,
-                    long num_rows, long num_inputs, long num_outputs, int relu, int bytes, int threads) {
-    long panels = (num_outputs + PANEL - 1) / PANEL, steps = num_inputs / STEP;
-    long chunk = (1 << 20) / (num_inputs * 2) / 32 * 32; /* rows whose inputs stay in the second cache */
-    if (chunk < 32) chunk = 32;
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[32 * PANEL] __attribute__((aligned(64)));
-        int low = -1, high = -1;
-        for (long first = 0; first < num_rows; first += chunk) {
-            long last = first + chunk < num_rows ? first + chunk : num_rows;
-#pragma omp for schedule(static) nowait
-            for (long p = 0; p < panels; p++) {
-                const bf16 *panel = packed + p * steps * 1024;
-                int num = num_outputs - p * PANEL < PANEL ? num_outputs - p * PANEL : PANEL;
-                for (long t = first; t < last; t += 32) {
-                    int rows = last - t < 32 ? last - t : 32;
-                    if (low != (rows < 16 ? rows : 16) || high != rows - low) {
-                        low = rows < 16 ? rows : 16;
-                        high = rows - low;
-                        configure(low, high);
-                    }
-                    multiply(x + t * stride, stride, rows, panel, steps, sums);
-                    finish(sums, rows, num, bias ? bias + p * PANEL : 0,
-                           residual ? residual + t * num_outputs + p * PANEL : 0,
-                           y + (t * num_outputs + p * PANEL) * bytes, num_outputs, relu, bytes);
-                }
-            }
-        }
-        _tile_release();
-    }
-}
-
-/* ---- linear layers in fp32 ---- */
-
-enum { WIDE = 64, TALL = 6 };
-
-/* W [O, I] -> [O / 64][I][64], O filled up with zeros. */
-void metaseq_pack_wide(const float *w, float *packed, long num_outputs, long num_inputs, int threads) {
-    long panels = (num_outputs + WIDE - 1) / WIDE;
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < panels; p++)
-        for (long o = 0; o < WIDE; o++) {
-            long from = p * WIDE + o;
-            for (long i = 0; i < num_inputs; i++)
-                packed[(p * num_inputs + i) * WIDE + o] = from < num_outputs ? w[from * num_inputs + i] : 0;
-        }
-}
-
-/* Up to TALL rows and one panel: every output is one chain of sums over the inputs, however many rows there are.
- * y starts where the inputs before these left it (`more`), or at 0. */
-INLINE void multiply_wide(const float *x, long stride, const int rows, const float *panel, long num, float *y, int more) {
-    __m512 sum[TALL][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[r][j] = more ? _mm512_loadu_ps(y + r * WIDE + j * 16) : _mm512_setzero_ps();
-    for (long i = 0; i < num; i++, panel += WIDE) {
-        __m512 w[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_ps(panel + j * 16);
-        _mm_prefetch((const char *)(panel + 16 * WIDE), _MM_HINT_T0);
-        _mm_prefetch((const char *)(panel + 16 * WIDE + 16), _MM_HINT_T0);
-        _mm_prefetch((const char *)(panel + 16 * WIDE + 32), _MM_HINT_T0);
-        _mm_prefetch((const char *)(panel + 16 * WIDE + 48), _MM_HINT_T0);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m512 v = _mm512_set1_ps(x[r * stride + i]);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sum[r][j] = _mm512_fmadd_ps(v, w[j], sum[r][j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(y + r * WIDE + j * 16, sum[r][j]);
-}
-
-static void multiply_rows(const float *x, long stride, int rows, const float *panel, long num, float *y, int more) {
-    switch (rows) {
-    case 1: multiply_wide(x, stride, 1, panel, num, y, more); break;
-    case 2: multiply_wide(x, stride, 2, panel, num, y, more); break;
-    case 3: multiply_wide(x, stride, 3, panel, num, y, more); break;
-    case 4: multiply_wide(x, stride, 4, panel, num, y, more); break;
-    case 5: multiply_wide(x, stride, 5, panel, num, y, more); break;
-    default: multiply_wide(x, stride, 6, panel, num, y, more);
-    }
-}
-
-/* y = relu?(x W^T + b) + residual in fp32; inputs in parts that fit the first cache beside a panel's, rows in chunks. */
-void metaseq_linear_wide(const float *x, long stride, const float *packed, const float *bias, const float *residual, float *y,
-                         long num_rows, long num_inputs, long num_outputs, int relu, int threads) {
-    enum { CHUNK = 96, PART = 256 };
-    long panels = (num_outputs + WIDE - 1) / WIDE;
-#pragma omp parallel num_threads(threads)
-    {
-        float *sums = aligned_alloc(64, CHUNK * WIDE * 4);
-        for (long first = 0; first < num_rows; first += CHUNK) {
-            long rows = num_rows - first < CHUNK ? num_rows - first : CHUNK;
-            long part = rows > TALL ? PART : num_inputs;
-#pragma omp for schedule(static) nowait
-            for (long p = 0; p < panels; p++) {
-                for (long i = 0; i < num_inputs; i += part) {
-                    long num = num_inputs - i < part ? num_inputs - i : part;
-                    for (long t = 0; t < rows; t += TALL)
-                        multiply_rows(x + (first + t) * stride + i, stride, rows - t < TALL ? rows - t : TALL,
-                                      packed + (p * num_inputs + i) * WIDE, num, sums + t * WIDE, i > 0);
-                }
-                for (long t = 0; t < rows; t++)
-                    for (long o = p * WIDE; o < num_outputs && o < (p + 1) * WIDE; o += 16) {
-                        long left = num_outputs - o;
-                        __mmask16 mask = left >= 16 ? 0xffff : (1 << left) - 1;
-                        long at = (first + t) * num_outputs + o;
-                        __m512 v = _mm512_loadu_ps(sums + t * WIDE + o - p * WIDE);
-                        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + o));
-                        if (relu) v = _mm512_max_ps(v, _mm512_setzero_ps());
-                        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + at));
-                        _mm512_mask_storeu_ps(y + at, mask, v);
-                    }
-            }
-        }
-        free(sums);
-    }
-}
-
-/* ---- layer norm ---- */
-
-/* y = (x - mean) / sqrt(variance + eps) * w + b of each row, in fp32, rounded once. */
-void metaseq_norm(const bf16 *x, const bf16 *w, const bf16 *b, bf16 *y, long num_rows, long width, float eps, int threads) {
-#pragma omp parallel for num_threads(num_rows < 16 ? 1 : threads) schedule(static)
-    for (long t = 0; t < num_rows; t++) {
-        const bf16 *row = x + t * width;
-        float sum = 0, squares = 0;
-        for (long i = 0; i < width; i++) sum += wide(row[i]);
-        float mean = sum / width;
-        for (long i = 0; i < width; i++) {
-            float off = wide(row[i]) - mean;
-            squares += off * off;
-        }
-        float by = 1.0f / sqrtf(squares / width + eps);
-        for (long i = 0; i < width; i += 16) {
-            __mmask16 mask = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-            __m512 v = _mm512_mul_ps(_mm512_sub_ps(WIDE(row + i), _mm512_set1_ps(mean)), _mm512_set1_ps(by));
-            v = _mm512_fmadd_ps(v, WIDE(w + i), WIDE(b + i));
-            _mm256_mask_storeu_epi16(y + t * width + i, mask, (__m256i)_mm512_cvtneps_pbh(v));
-        }
-    }
-}
-
-/* ---- attention ---- */
 
 /* A step as plain numbers: where each token's key and value go, the generated tokens' contexts, pieces of prompts. */
 typedef struct {
@@ -336,14 +58,14 @@ static inline __m512 exponent(__m512 given) {
 static float weigh(float *s, long open, long num, float scale) {
     __m512 by = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (long i = 0; i < open; i += 16) {
-        __mmask16 mask = open - i >= 16 ? 0xffff : (1 << (open - i)) - 1;
+        __mmask16 mask = lanes(open - i);
         __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, s + i), by);
         _mm512_mask_storeu_ps(s + i, mask, v);
         most = _mm512_mask_max_ps(most, mask, most, v);
     }
     __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (long i = 0; i < open; i += 16) {
-        __mmask16 mask = open - i >= 16 ? 0xffff : (1 << (open - i)) - 1;
+        __mmask16 mask = lanes(open - i);
         __m512 v = exponent(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + i), top));
         _mm512_mask_storeu_ps(s + i, mask, v);
         sum = _mm512_mask_add_ps(sum, mask, sum, v);
@@ -352,7 +74,6 @@ static float weigh(float *s, long open, long num, float scale) {
     return _mm512_reduce_add_ps(sum);
 }
 
-#define WIDE16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 /* out += the values of `num` tokens, weighted; sums stay in registers where the width is known. */
 INLINE void gather(float *out, const float *p, const char *v, long num, long dim, int bytes) {
     if (dim > 128 || dim % 16) {
