@@ -61,7 +61,7 @@ class Engine:
         self._worker, self._channel, self._scheduler = worker, channel, scheduler
         self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
         self._heartbeat_s, self._results = heartbeat_s, results
-        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID])
+        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID], spends=True)
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()
         self._book = Book(tokenizer)

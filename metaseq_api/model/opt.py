@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import POSITION_OFFSET
+from metaseq_api.kernels.native import native
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.paths import Plan, attend_by
 from metaseq_api.parallel.context import ParallelContext
@@ -37,6 +38,7 @@ class Norm(nn.Module):
         self.context, self.dtype, self.eps = context, dtype, eps
         self.weight: Tensor
         self.bias: Tensor
+        self.native = native() if context.device.type == "cpu" and dtype == torch.bfloat16 else None
 
     def load(self, weights: Weights, name: str) -> None:
         self.weight, self.bias = (
@@ -45,6 +47,8 @@ class Norm(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native.norm(x_TD, self.weight, self.bias, self.eps)
         return F.layer_norm(x_TD, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -1,6 +1,7 @@
 """Which way a step is planned and attended: decided here, by the device, and nowhere else.
 
-A GPU with Triton goes by `paged`; a CPU, and a GPU without Triton, by `attention`. Knows both; does neither.
+A GPU with Triton goes by `paged`, a CPU with kernels of our own by `native`; any other by `attention`. Knows all three;
+does none.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from metaseq_api.core import Batch
 from metaseq_api.kernels import have_triton
+from metaseq_api.kernels.native import native
 from metaseq_api.kernels.reference import DecodeAttention
 from metaseq_api.model.attention import StepPlan, attend, plan_step
 from metaseq_api.model.cache import KVCache
+from metaseq_api.model.native import NativePlan, attend_native, plan_native
 from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
-Plan = StepPlan | PagedPlan
+Plan = StepPlan | PagedPlan | NativePlan
 
 
 def decode_kernel(device: torch.device) -> DecodeAttention | None:
@@ -30,8 +33,11 @@ def decode_kernel(device: torch.device) -> DecodeAttention | None:
 
 
 def plan(batch: Batch, cache: KVCache, device: torch.device, kernel: DecodeAttention | None) -> Plan:
-    """A Batch as tensors on the device: by `paged` with a kernel for single tokens, by `attention` without one."""
-    return plan_step(batch, cache, device) if kernel is None else plan_paged(batch, cache, device, kernel)
+    """A Batch as tensors on the device: by `paged` with a kernel for single tokens, else by `native` or `attention`."""
+    if kernel is not None:
+        return plan_paged(batch, cache, device, kernel)
+    own = native() if device.type == "cpu" and cache.keys[0].dtype != torch.float16 else None
+    return plan_step(batch, cache, device) if own is None else plan_native(batch, cache, own)
 
 
 def attend_by(
@@ -40,4 +46,6 @@ def attend_by(
     """Write a step's keys and values, and attend, the way that it was planned. Shapes: [T, H, D] each -> [T, H * D]."""
     if isinstance(plan, PagedPlan):
         return attend_paged(q_THD, k_THD, v_THD, layer=layer, plan=plan, cache=cache, scale=scale)
+    if isinstance(plan, NativePlan):
+        return attend_native(q_THD, k_THD, v_THD, layer=layer, plan=plan, cache=cache, scale=scale)
     return attend(q_THD, k_THD, v_THD, layer=layer, plan=plan, cache=cache, scale=scale)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaseq_api.kernels import have_triton
+from metaseq_api.kernels.native import Native, native
 from metaseq_api.parallel.context import ParallelContext
 
 LEAST_ROWS = 4
@@ -55,14 +56,21 @@ class Linear(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None = None
         self.packed = False
+        self.native: Native | None = None
+        self.num_outputs = 0
         self.most = _most_rows(context.device, dtype)
 
     def keep(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take these as this rank's weight and bias."""
         device = self.context.device
         self.weight = weight.to(device, self.dtype).contiguous()
-        self.bias = None if bias is None else bias.to(device, self.dtype)
-        if _packs(device, self.dtype):
+        self.bias = None if bias is None else bias.to(device, self.dtype).contiguous()
+        self.num_outputs = len(weight)
+        own = native() if device.type == "cpu" else None
+        self.native = own if own is not None and own.takes(self.weight) else None
+        if self.native is not None:
+            self.weight = self.native.pack(self.weight)
+        elif _packs(device, self.dtype):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             self.packed = True
 
@@ -72,22 +80,34 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """Shapes: x [T, I] -> [T, O]. `activation` is none, relu or gelu (tanh form)."""
+        if self.native is not None:
+            y = self.native.linear(x, self.weight, self.num_outputs, self.bias, relu=activation == "relu")
+            return F.gelu(y, approximate="tanh") if activation == "gelu" else y
         if self._few(x):
             return self.forward(_padded(x), activation)[: x.shape[0]]
         if self.most is not None and len(x) > self.most:
-            return torch.cat([self.forward(few, activation) for few in torch.split(x, self.most)])
+            parts: list[Tensor] = [self.forward(few, activation) for few in torch.split(x, self.most)]
+            return torch.cat(parts)
         if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
             return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
         if self.packed and activation != "gelu":
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
-            return y
+            fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
+            return fused
         y = F.linear(x, self.weight, self.bias) if not self.packed else self.forward(x)
         if activation == "relu":
             return F.relu(y)
         return F.gelu(y, approximate="tanh") if activation == "gelu" else y
 
+    def wide(self, x: Tensor) -> Tensor:
+        """forward(x), in fp32 where the sums are at hand in it."""
+        if self.native is not None and self.context.tensor_size == 1:
+            return self.native.linear(x, self.weight, self.num_outputs, self.bias, dtype=torch.float32)
+        return self.forward(x)
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + forward(x), in one kernel where there is one."""
+        if self.native is not None:
+            return self.native.linear(x, self.weight, self.num_outputs, self.bias, residual)
         if self._few(x):
             return Linear.add_to(self, _padded(residual), _padded(x))[: x.shape[0]]
         if self.most is not None and len(x) > self.most:
@@ -163,7 +183,7 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Shapes: [T, E] -> [T, V] in fp32 on the driver, None elsewhere."""
-        parts = self.context.gather(self.output(hidden))
+        parts = self.context.gather(self.output.wide(hidden))
         return None if parts is None else _cat(parts, dim=1).float()
 
 

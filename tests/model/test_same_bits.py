@@ -16,13 +16,29 @@ from support.steps import Driver
 from torch import Tensor
 
 from metaseq_api.core import ModelConfig
-from metaseq_api.model import attention
+from metaseq_api.model import attention, opt, paths
 from metaseq_api.model.decode import alike
 from metaseq_api.model.weights import RandomWeights
+from metaseq_api.parallel import layers
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import Linear
 
 MOST = 520
+
+
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only torch's own operations, as where there is no compiler."""
+    for module in (layers, opt, paths):
+        monkeypatch.setattr(module, "native", lambda: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["heads of 64", "heads of 80, blocks of 32", "heads of 8"])
+def test_bits_depend_on_no_more_where_torch_serves_alone(
+    shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_native(monkeypatch)
+    check(shape, dtype, ParallelContext())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,6 +59,7 @@ def test_bits_of_two_ranks_depend_on_no_more(tmp_path: Path) -> None:
 
 
 def test_bits_do_not_depend_on_how_many_generated_tokens_are_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
     monkeypatch.setattr(attention, "MOST", 7)
     check("heads of 8", torch.float32, ParallelContext())
 
@@ -61,9 +78,14 @@ def test_bits_of_the_first_tokens_do_not_depend_on_a_longer_neighbour(block_size
         assert torch.equal(alone, beside), n
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["", "torch alone"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072), (2048, 512), (1024, 512), (64, 192)], ids=str)
-def test_a_linear_layer_gives_a_row_the_same_bits_among_any_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_linear_layer_gives_a_row_the_same_bits_among_any_others(
+    shape: tuple[int, int], dtype: torch.dtype, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if alone:
+        without_native(monkeypatch)
     generator = torch.Generator().manual_seed(1)
 
     def normal(*size: int) -> Tensor:

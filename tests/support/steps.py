@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import Batch, BatchItem, ModelConfig
-from metaseq_api.model.attention import plan_step
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT, Weights
+from metaseq_api.model.paths import plan
 from metaseq_api.parallel.context import ParallelContext
 
 
@@ -52,6 +52,6 @@ class Driver:
             )
         )
         with torch.inference_mode():
-            plan = plan_step(Batch.unpack(batch.pack()), self.cache, self.context.device)
-            out = self.model.logits(self.model(plan, self.cache))
+            planned = plan(Batch.unpack(batch.pack()), self.cache, self.context.device, None)
+            out = self.model.logits(self.model(planned, self.cache))
         return [] if out is None else list(out.split([i.num_logits for i in batch.items]))

@@ -1,0 +1,292 @@
+/* Attention over the paged cache: of generated tokens one by one, of a prompt in tiles of 32 queries. */
+#include "cpu.h"
+
+/* For one query: tile 6 and the sums are one column wide. */
+static void configure_column(void) {
+    tile_config c;
+    memset(&c, 0, sizeof c);
+    c.palette = 1;
+    c.rows[0] = c.rows[4] = c.rows[6] = 16;
+    c.width[4] = 64;
+    c.width[0] = c.width[6] = 4;
+    _tile_loadconfig(&c);
+}
+
+/* A step as plain numbers: where each token's key and value go, the generated tokens' contexts, pieces of prompts. */
+typedef struct {
+    const int32_t *block_T, *offset_T;         /* every token's place in the cache */
+    const int32_t *row_B, *context_B, *table_BN; /* generated tokens */
+    const int32_t *begin_P, *end_P, *start_P, *table_PN; /* pieces of prompts */
+    long num_tokens, num_single, num_pieces, width;
+    long heads, dim, size; /* H, D, S */
+    long stride;           /* between the rows of q, k and v */
+    float scale;
+    int threads;
+} step;
+
+/* Keys and values of all the step's tokens to their places. `bytes` of one number. */
+static void put_all(const step *s, const char *k, const char *v, char *keys, char *values, int bytes) {
+    long wide_ = s->dim * bytes, block = s->heads * s->size;
+#pragma omp for schedule(static)
+    for (long t = 0; t < s->num_tokens; t++)
+        for (long h = 0; h < s->heads; h++) {
+            long to = (s->block_T[t] * block + h * s->size + s->offset_T[t]) * wide_;
+            long from = (t * s->stride + h * s->dim) * bytes;
+            memcpy(keys + to, k + from, wide_);
+            memcpy(values + to, v + from, wide_);
+        }
+}
+
+/* e^x for x <= 0; 0 below -87. */
+static inline __m512 exponent(__m512 given) {
+    __m512 x = _mm512_max_ps(given, _mm512_set1_ps(-87.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    __mmask16 low = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+    return _mm512_mask_blend_ps(low, _mm512_scalef_ps(p, n), _mm512_setzero_ps());
+}
+
+/* The first `open` scores of `num` to weights, in place, the rest to zeros; what they sum to. A NaN stays one. */
+static float weigh(float *s, long open, long num, float scale) {
+    __m512 by = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long i = 0; i < open; i += 16) {
+        __mmask16 mask = lanes(open - i);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, s + i), by);
+        _mm512_mask_storeu_ps(s + i, mask, v);
+        most = _mm512_mask_max_ps(most, mask, most, v);
+    }
+    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long i = 0; i < open; i += 16) {
+        __mmask16 mask = lanes(open - i);
+        __m512 v = exponent(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + i), top));
+        _mm512_mask_storeu_ps(s + i, mask, v);
+        sum = _mm512_mask_add_ps(sum, mask, sum, v);
+    }
+    for (long i = open; i < num; i++) s[i] = 0;
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* out += the values of `num` tokens, weighted; sums stay in registers where the width is known. */
+INLINE void gather(float *out, const float *p, const char *v, long num, long dim, int bytes) {
+    if (dim > 128 || dim % 16) {
+        for (long i = 0; i < num; i++)
+            for (long d = 0; d < dim; d++)
+                out[d] += p[i] * (bytes == 4 ? ((const float *)v)[i * dim + d] : wide(((const bf16 *)v)[i * dim + d]));
+        return;
+    }
+    __m512 sum[8] = {0};
+#pragma GCC unroll 8
+    for (int j = 0; j < dim / 16; j++) sum[j] = _mm512_loadu_ps(out + j * 16);
+    for (long i = 0; i < num; i++) {
+        __m512 w = _mm512_set1_ps(p[i]);
+#pragma GCC unroll 8
+        for (int j = 0; j < dim / 16; j++) {
+            const char *at = v + (i * dim + j * 16) * bytes;
+            sum[j] = _mm512_fmadd_ps(w, bytes == 4 ? _mm512_loadu_ps((const float *)at) : WIDE16(at), sum[j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < dim / 16; j++) _mm512_storeu_ps(out + j * 16, sum[j]);
+}
+
+static void weighted(float *out, const float *p, const char *v, long num, long dim, int bytes) {
+    if (dim == 64 && bytes == 2) gather(out, p, v, num, 64, 2);
+    else if (dim == 64) gather(out, p, v, num, 64, 4);
+    else if (dim == 128 && bytes == 2) gather(out, p, v, num, 128, 2);
+    else if (dim == 128) gather(out, p, v, num, 128, 4);
+    else gather(out, p, v, num, dim, bytes);
+}
+
+INLINE void dots(float *s, const float *q, const char *k, long num, long dim, int bytes) {
+    for (long i = 0; i < num; i++) {
+        float sum = 0;
+        for (long d = 0; d < dim; d++)
+            sum += q[d] * (bytes == 4 ? ((const float *)k)[i * dim + d] : wide(((const bf16 *)k)[i * dim + d]));
+        s[i] = sum;
+    }
+}
+
+/* Scores of `num` tokens of one block; `q` as fp32 numbers, and for whole tiles as pairs in a tile of one column. */
+static void scores(float *s, const float *q, const bf16 *pairs, const char *k, long num, const step *by, int bytes) {
+    long dim = by->dim;
+    if (bytes == 2 && dim % 32 == 0 && by->size % 16 == 0) {
+        for (long i = 0; i < num; i += 16) {
+            _tile_zero(0);
+            for (long d = 0; d < dim; d += 32) {
+                _tile_loadd(4, k + (i * dim + d) * 2, dim * 2);
+                _tile_loadd(6, pairs + d, 4);
+                _tile_dpbf16ps(0, 4, 6);
+            }
+            _tile_stored(0, s + i, 4);
+        }
+    } else if (dim == 64 && bytes == 4) dots(s, q, k, num, 64, 4);
+    else if (dim == 128 && bytes == 4) dots(s, q, k, num, 128, 4);
+    else dots(s, q, k, num, dim, bytes);
+}
+
+/* Generated tokens, each over its own blocks. */
+static void singles(const step *s, const char *q, const char *keys, const char *values, char *out, int bytes, float *p) {
+    long dim = s->dim, block = s->heads * s->size;
+#pragma omp for schedule(static)
+    for (long at = 0; at < s->num_single * s->heads; at++) {
+        long b = at / s->heads, h = at % s->heads, context = s->context_B[b];
+        const int32_t *table = s->table_BN + b * s->width;
+        const char *mine = q + (s->row_B[b] * s->stride + h * dim) * bytes;
+        float sum_D[dim], wide_D[dim];
+        memset(sum_D, 0, dim * 4);
+        for (long d = 0; d < dim; d++) wide_D[d] = (bytes == 4 ? ((const float *)mine)[d] : wide(((const bf16 *)mine)[d]));
+        WRITTEN;
+        for (long c = 0; c < context; c += s->size) {
+            long num = context - c < s->size ? context - c : s->size;
+            scores(p + c, wide_D, (const bf16 *)mine, keys + (table[c / s->size] * block + h * s->size) * dim * bytes, num, s, bytes);
+        }
+        float whole = weigh(p, context, context, s->scale);
+        for (long c = 0; c < context; c += s->size) {
+            long num = context - c < s->size ? context - c : s->size;
+            weighted(sum_D, p + c, values + (table[c / s->size] * block + h * s->size) * dim * bytes, num, dim, bytes);
+        }
+        long to = (s->row_B[b] * s->heads + h) * dim;
+        for (long d = 0; d < dim; d++) {
+            float y = sum_D[d] / whole;
+            if (bytes == 4) ((float *)out)[to + d] = y;
+            else ((bf16 *)out)[to + d] = _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(y)), 0);
+        }
+    }
+}
+
+enum { QUERIES = 32 };
+
+/* A head's keys and values of one context, from their blocks into tiles; zeros up to whole tiles of 32 tokens.
+ * Keys [C / 16][D / 32][16][16][2] (pairs of D by token), values [C / 32][D / 16][16][16][2] (pairs of tokens by D). */
+static void lay_out(const step *s, const int32_t *table, long h, long context, const bf16 *keys, const bf16 *values, bf16 *k, bf16 *v) {
+    long dim = s->dim, block = s->heads * s->size, up = (context + 31) / 32 * 32;
+    memset(k, 0, up * dim * 2);
+    memset(v, 0, up * dim * 2);
+    for (long c = 0; c < context; c++) {
+        long from = (table[c / s->size] * block + h * s->size + c % s->size) * dim;
+        const uint32_t *pairs = (const uint32_t *)(keys + from);
+        uint32_t *to = (uint32_t *)k + (c / 16) * (dim / 32) * 256 + c % 16;
+        for (long d = 0; d < dim / 2; d++) to[d * 16] = pairs[d];
+        bf16 *w = v + (c / 32) * (dim / 16) * 512 + (c % 32 / 2) * 32;
+        for (long d = 0; d < dim; d += 16, w += 512) {
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + from + d)));
+            _mm512_storeu_si512(w, c % 2 ? _mm512_or_si512(_mm512_loadu_si512(w), _mm512_slli_epi32(x, 16)) : x);
+        }
+    }
+}
+
+/* 32 queries at positions [at, at + 32) of a prompt over its tokens up to there. p: scores [32][C], w: weights (bf16). */
+static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf16 *k, const bf16 *v, float *p, bf16 *w, float *out_32D) {
+    long dim = s->dim, num = at + QUERIES;
+    float whole[QUERIES];
+    WRITTEN;
+    for (long c = 0; c < num; c += 32) {
+        const bf16 *tile = k + (c / 16) * (dim / 32) * 512;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long d = 0; d < dim; d += 32, tile += 512) {
+            _tile_loadd(4, q_32D + d, dim * 2);
+            _tile_loadd(5, q_32D + 16 * dim + d, dim * 2);
+            _tile_loadd(6, tile, 64);
+            _tile_loadd(7, tile + (dim / 32) * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, p + c, num * 4);
+        _tile_stored(1, p + c + 16, num * 4);
+        _tile_stored(2, p + 16 * num + c, num * 4);
+        _tile_stored(3, p + 16 * num + c + 16, num * 4);
+    }
+    for (long r = 0; r < QUERIES; r++) {
+        float *row = p + r * num;
+        whole[r] = weigh(row, at + r + 1, num, s->scale);
+        for (long c = 0; c < num; c += 32)
+            _mm512_storeu_si512(w + r * num + c, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + c + 16), _mm512_loadu_ps(row + c)));
+    }
+    WRITTEN;
+    for (long d = 0; d < dim; d += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long c = 0; c < num; c += 32) {
+            const bf16 *tile = v + ((c / 32) * (dim / 16) + d / 16) * 512;
+            _tile_loadd(4, w + c, num * 2);
+            _tile_loadd(5, w + 16 * num + c, num * 2);
+            _tile_loadd(6, tile, 64);
+            _tile_loadd(7, tile + 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, out_32D + d, dim * 4);
+        _tile_stored(1, out_32D + d + 16, dim * 4);
+        _tile_stored(2, out_32D + 16 * dim + d, dim * 4);
+        _tile_stored(3, out_32D + 16 * dim + d + 16, dim * 4);
+    }
+    for (long r = 0; r < QUERIES; r++)
+        for (long d = 0; d < dim; d++) out_32D[r * dim + d] /= whole[r];
+}
+
+/* One head of a piece of a prompt: rows [begin, end) of the step, the first at position `start`; D a multiple of 32. */
+static void piece(const step *s, long n, long h, const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, void *room) {
+    long dim = s->dim, start = s->start_P[n], begin = s->begin_P[n], stop = start + s->end_P[n] - begin;
+    long up = (stop + 31) / 32 * 32;
+    float *p = room, *sums = p + QUERIES * up;
+    bf16 *w = (bf16 *)(sums + QUERIES * dim), *k = w + QUERIES * up, *v = k + up * dim, *mine = v + up * dim;
+    lay_out(s, s->table_PN + n * s->width, h, stop, keys, values, k, v);
+    for (long at = start / QUERIES * QUERIES; at < stop; at += QUERIES) {
+        long low = at < start ? start : at, high = at + QUERIES < stop ? at + QUERIES : stop;
+        memset(mine, 0, QUERIES * dim * 2);
+        for (long i = low; i < high; i++) memcpy(mine + (i - at) * dim, q + (begin + i - start) * s->stride + h * dim, dim * 2);
+        tile_of_queries(s, mine, at, k, v, p, w, sums);
+        for (long i = low; i < high; i++) {
+            bf16 *to = out + ((begin + i - start) * s->heads + h) * dim;
+            for (long d = 0; d < dim; d += 16)
+                _mm256_storeu_si256((__m256i *)(to + d), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + (i - at) * dim + d)));
+        }
+    }
+}
+
+/* Write the step's keys and values, and attend: q, k, v rows of one [T, 3 H D] -> out [T, H * D]. `bytes` 2: bf16, 4: fp32
+ * (whose pieces of prompts are left to the caller). */
+void metaseq_attend(const step *s, const char *q, const char *k, const char *v, char *keys, char *values, char *out, int bytes) {
+    long most = 0, up;
+    for (long b = 0; b < s->num_single; b++) most = s->context_B[b] > most ? s->context_B[b] : most;
+    for (long n = 0; n < s->num_pieces; n++) {
+        up = s->start_P[n] + s->end_P[n] - s->begin_P[n];
+        most = up > most ? up : most;
+    }
+    up = (most + 31) / 32 * 32;
+    size_t room = (up + 64) * 4;
+    if (s->num_pieces && bytes == 2) room = QUERIES * (up + s->dim) * 4 + (QUERIES * up + 2 * up * s->dim + QUERIES * s->dim) * 2;
+#pragma omp parallel num_threads(s->threads)
+    {
+        void *mine = aligned_alloc(64, (room + 63) / 64 * 64);
+        put_all(s, k, v, keys, values, bytes);
+        configure_column();
+        singles(s, q, keys, values, out, bytes, mine);
+        if (bytes == 2 && s->num_pieces) {
+            configure(16, 16);
+#pragma omp for schedule(dynamic) collapse(2)
+            for (long n = 0; n < s->num_pieces; n++)
+                for (long h = 0; h < s->heads; h++)
+                    piece(s, n, h, (const bf16 *)q, (const bf16 *)keys, (const bf16 *)values, (bf16 *)out, mine);
+        }
+        _tile_release();
+        free(mine);
+    }
+}

@@ -1,0 +1,58 @@
+/* What a CPU with AMX runs of our own: linear layers and attention of generated tokens over the paged cache in bf16 and
+ * fp32, norms and attention of prompts in bf16.
+ *
+ * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
+ * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
+ *
+ * Knows numbers in memory. Does not know torch; `native.py` compiles this and calls it, with shapes it has checked.
+ *
+ * Shapes: T rows, I inputs, O outputs; H heads, D head width, S tokens of a block, C tokens of a context.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* 16 bf16 numbers as fp32; those that `mask` has, or all. */
+#define MASKED16(mask, p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16))
+#define WIDE16(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+
+INLINE float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* The first `num` of 16 lanes. */
+INLINE __mmask16 lanes(long num) { return num >= 16 ? 0xffff : (1 << num) - 1; }
+
+/* The compiler does not see that a tile's load reads memory: what was written before must be there. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t width[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Tiles 0-3 are sums, 4 and 5 left factors, 6 and 7 right ones. `low` and `high`: rows of the two left factors. */
+INLINE void configure(int low, int high) {
+    tile_config c;
+    memset(&c, 0, sizeof c);
+    c.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        c.width[i] = 64;
+        c.rows[i] = 16;
+    }
+    c.rows[0] = c.rows[1] = c.rows[4] = low;
+    c.rows[2] = c.rows[3] = c.rows[5] = high ? high : 16;
+    _tile_loadconfig(&c);
+}

@@ -1,0 +1,99 @@
+"""The kernels of our own on a CPU, beside plain torch in fp32; and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaseq_api.kernels import native as module
+from metaseq_api.kernels.native import Native, native
+
+OWN = native()
+pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
+DTYPE = torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+
+
+def own() -> Native:
+    assert OWN is not None
+    return OWN
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 600])
+@pytest.mark.parametrize("shape", [(32, 8), (64, 31), (768, 50), (2080, 96)], ids=str)
+def test_a_linear_layer_is_rounded_once(rows: int, shape: tuple[int, int]) -> None:
+    inputs, outputs = shape
+    x, weight, bias, residual = normal(rows, inputs), normal(outputs, inputs), normal(outputs), normal(rows, outputs)
+    packed = own().pack(weight)
+    want = F.linear(x.float(), weight.float(), bias.float())
+    close = {"rtol": 1e-5, "atol": 1e-3}
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, dtype=torch.float32), want, **close)
+    # a sum may be rounded to either neighbour where it lies between the two
+    near = {"rtol": 2**-7, "atol": 2e-3}
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, relu=True).float(), want.relu(), **near)
+    torch.testing.assert_close(
+        own().linear(x, packed, outputs, bias, residual).float(), want + residual.float(), **near
+    )
+    torch.testing.assert_close(own().linear(x, packed, outputs, None).float(), want - bias.float(), **near)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
+@pytest.mark.parametrize("shape", [(8, 8), (50, 64), (768, 70), (300, 200)], ids=str)
+def test_a_linear_layer_in_fp32_is_torchs(rows: int, shape: tuple[int, int]) -> None:
+    inputs, outputs = shape
+    x, weight, bias, residual = (
+        t.float() for t in (normal(rows, inputs), normal(outputs, inputs), normal(outputs), normal(rows, outputs))
+    )
+    packed, want = own().pack(weight), F.linear(x, weight, bias)
+    close = {"rtol": 1e-5, "atol": 2e-4}
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, relu=True), want.relu(), **close)
+    torch.testing.assert_close(own().linear(x, packed, outputs, bias, residual), want + residual, **close)
+    torch.testing.assert_close(own().linear(x, packed, outputs, None), want - bias, **close)
+
+
+def test_rows_of_a_wider_tensor_are_multiplied_where_they_lie() -> None:
+    wide, weight = normal(20, 96), normal(40, 64)
+    packed = own().pack(weight)
+    assert torch.equal(
+        own().linear(wide[:, 32:], packed, 40, None), own().linear(wide[:, 32:].clone(), packed, 40, None)
+    )
+
+
+@pytest.mark.parametrize("width", [8, 64, 100, 768])
+def test_a_norm_is_computed_in_fp32(width: int) -> None:
+    x, weight, bias = normal(33, width) * 3 + 5, normal(width), normal(width)
+    want = F.layer_norm(x.float(), (width,), weight.float(), bias.float(), 1e-5)
+    torch.testing.assert_close(own().norm(x, weight, bias, 1e-5).float(), want, rtol=2**-7, atol=2e-3)
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    x, weight = normal(2, 64), normal(32, 64)
+    x[1, 3] = torch.nan
+    y = own().linear(x, own().pack(weight), 32, None)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert own().norm(x, weight[0, :64], weight[1, :64], 1e-5)[1].isnan().all()
+
+
+def test_without_a_compiler_torch_serves_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "COMPILERS", ("no-such-compiler",))
+    assert native.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+
+
+def test_a_second_start_finds_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_folder", lambda: tmp_path)
+    first = module._compiled()
+    written = first.stat().st_mtime_ns
+    assert module._compiled() == first
+    assert first.stat().st_mtime_ns == written
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
