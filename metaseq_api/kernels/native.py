@@ -10,12 +10,14 @@ Shapes: T rows, I inputs, O outputs, H heads, D head width, P blocks of the pool
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -27,7 +29,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("cpu")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-shared")
+# sums in another order, no more: -ffast-math would have every thread of the process take denormal numbers for 0
+_MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+FLAGS = ("-O3", "-march=native", *_MATH, "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
 INPUTS = 32
@@ -156,10 +160,17 @@ def native() -> Native | None:
         return None
     try:
         found = Native(_compiled())
+    except subprocess.CalledProcessError as e:
+        said = (e.stderr or b"").decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        log.warning("no kernels of our own on this CPU, torch's serve: %s failed: %s", e.cmd[0], said[-1])
+        return None
     except (OSError, subprocess.SubprocessError) as e:
         log.warning("no kernels of our own on this CPU, torch's serve: %s", e)
         return None
-    return found if found.begin() else None
+    if not found.begin():
+        log.warning("no kernels of our own on this CPU, torch's serve: the system gives no AMX")
+        return None
+    return found
 
 
 def _compiled() -> Path:
@@ -178,7 +189,10 @@ def _compiled() -> Path:
             given = [str(p) for p in sources if p.suffix == ".c"]
             command = [compiler, *FLAGS, "-o", str(made), *given]
             subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
-            made.replace(path)
+            with made.open("rb") as whole:
+                os.fsync(whole.fileno())
+            with contextlib.suppress(FileExistsError):  # who is second leaves the first one's: it may be in use
+                os.link(made, path)
         log.info("compiled kernels for this CPU in %.1f s", time.monotonic() - began)
     return path
 
@@ -188,11 +202,17 @@ def _folder() -> Path:
     try:
         folder = Path.home() / ".cache" / "metaseq-api"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) and all(_is_ours(place) for place in (folder, folder.parent)):
             return folder
     except (OSError, RuntimeError) as e:
         log.info("no cache folder: %s", e)
     return Path(tempfile.mkdtemp(prefix="metaseq-api-"))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put a file there: what lies in it is run."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _processor() -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,35 @@ def test_what_is_not_a_number_stays_none() -> None:
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
     assert own().norm(x, weight[0, :64], weight[1, :64], 1e-5)[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_activation_passes_on_what_is_not_a_number(dtype: torch.dtype) -> None:
+    x, weight, bias = normal(2, 64).to(dtype), normal(32, 64).to(dtype), normal(32).to(dtype)
+    bias[5] = torch.nan
+    y = own().linear(x, own().pack(weight), 32, bias, relu=True)
+    assert y[:, 5].isnan().all()
+    assert y[:, :5].isfinite().all()
+
+
+def test_the_library_leaves_small_numbers_as_they_are() -> None:
+    code = (
+        "from metaseq_api.kernels.native import native\n"
+        "assert native() is not None\n"
+        "import torch\n"
+        "assert 5e-324 * 1.0 == 5e-324 and (torch.tensor([1e-39]) * 1).item() > 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_library_is_not_kept_where_others_can_write(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert module._folder() == tmp_path / ".cache" / "metaseq-api"
+    (tmp_path / ".cache").chmod(mode)
+    assert tmp_path not in module._folder().parents
 
 
 def test_without_a_compiler_torch_serves_and_the_log_says_so(

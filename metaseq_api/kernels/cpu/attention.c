@@ -9,6 +9,7 @@ static void configure_column(void) {
     c.rows[0] = c.rows[4] = c.rows[6] = 16;
     c.width[4] = 64;
     c.width[0] = c.width[6] = 4;
+    SEEN(&c);
     _tile_loadconfig(&c);
 }
 
@@ -39,7 +40,7 @@ static void put_all(const step *s, const char *k, const char *v, char *keys, cha
 
 /* e^x for x <= 0; 0 below -87. */
 static inline __m512 exponent(__m512 given) {
-    __m512 x = _mm512_max_ps(given, _mm512_set1_ps(-87.0f));
+    __m512 x = _mm512_max_ps(_mm512_set1_ps(-87.0f), given); /* in this order a NaN stays one */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);

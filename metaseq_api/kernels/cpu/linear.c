@@ -67,7 +67,7 @@ static void finish(const float *sums, int rows, int num, const bf16 *bias, const
         if (bias) b = MASKED16(mask, bias + half * 16);
         for (int r = 0; r < rows; r++) {
             __m512 v = _mm512_add_ps(_mm512_loadu_ps(sums + r * PANEL + half * 16), b);
-            if (relu) v = _mm512_max_ps(v, _mm512_setzero_ps());
+            if (relu) v = _mm512_max_ps(_mm512_setzero_ps(), v); /* in this order a NaN stays one */
             if (residual) v = _mm512_add_ps(v, MASKED16(mask, residual + r * stride + half * 16));
             char *to = y + (r * stride + half * 16) * bytes;
             if (bytes == 4) _mm512_mask_storeu_ps(to, mask, v);

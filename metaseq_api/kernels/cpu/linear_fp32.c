@@ -81,7 +81,7 @@ void metaseq_linear_wide(const float *x, long stride, const float *packed, const
                         long at = (first + t) * num_outputs + o;
                         __m512 v = _mm512_loadu_ps(sums + t * WIDE + o - p * WIDE);
                         if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + o));
-                        if (relu) v = _mm512_max_ps(v, _mm512_setzero_ps());
+                        if (relu) v = _mm512_max_ps(_mm512_setzero_ps(), v); /* or a NaN is lost */
                         if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + at));
                         _mm512_mask_storeu_ps(y + at, mask, v);
                     }
