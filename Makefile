@@ -59,7 +59,7 @@ browser:
 	tests/support/browser.sh
 
 haproxy:
-	tests/support/slurm_cluster.sh install-haproxy
+	bash tests/support/slurm_cluster.sh install-haproxy
 
 test-slurm: $(BIN)/.test
 	$(BIN)/pytest -m slurm

@@ -16,14 +16,14 @@ import signal
 import socket
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from metaseq_api import log
 from metaseq_api.core.line import Line
 from metaseq_api.core.plain import error_to_plain
 from metaseq_api.errors import MetaseqApiError
 from metaseq_api.launch.child import die_with_parent, ignore_stops
-from metaseq_api.launch.front_end import FrontOrder
+from metaseq_api.launch.front_end import HELD_BACK, FrontOrder
 from metaseq_api.server.app import create_app
 from metaseq_api.server.remote import Facts, RemoteEngine
 from metaseq_api.server.run import Server
@@ -52,28 +52,34 @@ class Front:
             self._server.run()
 
     def _hear(self) -> None:
-        for what, *of in self._line.messages():
-            if what == "serve":
-                self._serve()
-            elif what == "hang_up":
-                if self._server is not None:
-                    self._server.hang_up()
-            elif what == "stop":
-                self._stop(*of)
-            else:
-                self.engine.hear(what, *of)
-        self.engine.lose()
-        self._stop(0)
+        try:
+            for what, *of in self._line.messages():
+                self._handle(what, *of)
+        finally:  # whatever happened: nobody waits for an answer that does not come
+            self.engine.lose()
+            self._line.hang_up()
+            self._stop(0)
+
+    def _handle(self, what: str, *of: Any) -> None:
+        if what == "serve":
+            self._serve()
+        elif what == "hang_up":
+            if self._server is not None:
+                self._server.hang_up()
+        elif what == "stop":
+            self._stop(*of)
+        else:
+            self.engine.hear(what, *of)
 
     def _serve(self) -> None:
         """Listen, or say why not."""
         try:
             self._server = Server(self._app, self._sock)
         except MetaseqApiError as e:
-            self._line.send("refused", error_to_plain(e))
+            self._line.send("refused", error_to_plain(e))  # and rank 0 ends this process
         else:
             self._line.send("serving")
-        self._begun.set()
+            self._begun.set()
 
     def _stop(self, grace_s: float) -> None:
         """In a thread of its own: answers still come by the line meanwhile."""
@@ -91,12 +97,14 @@ def main() -> NoReturn:
     die_with_parent(order.parent_pid)
     ignore_stops()
     faulthandler.register(signal.SIGQUIT, all_threads=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     log.setup("front", verbose=order.verbose)
     line = Line(socket.socket(fileno=order.line_fd))
     try:
         Front(order, line).run()
     except MetaseqApiError as e:  # rank 0 hears it when it says `serve`
         line.send("refused", error_to_plain(e))
+        list(line.messages())  # until rank 0 has heard it, and hangs up
     os._exit(0)  # no thread may hold it
 
 

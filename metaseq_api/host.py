@@ -247,6 +247,7 @@ def serve(
     def lose_front() -> None:
         if not front.stopped:
             cut_off.set()
+            front.kill()  # also where it lives: nothing it says is heard any more
             engine.end_by(time.monotonic())
 
     with heard() as signals:

@@ -190,8 +190,10 @@ class Engine:
         finally:
             with self._lock:
                 self._stopped = self._stopped or "the engine has ended"
-            self._end_all()
-            self._ended.set()
+            try:
+                self._end_all()
+            finally:
+                self._ended.set()
 
     def turn(self) -> None:
         """One turn: take in what came, run a step. Waits where there is nothing to do."""

@@ -1,25 +1,24 @@
 """The engine's end of the line to its front end, a process of its own: what comes is submitted, what is told is sent.
 
     from the front end   submit number request | cancel number | health number | stats number
-    to it                told [[number, deltas] ...] | answered number completions | failed number error
+    to it                told [[number, deltas] ...] | part number completion | answered number | failed number error
                          health number value | stats number value
 
 One thread hears. What a turn of the engine told is written down by the engine's own thread at the end of the turn, in
-one message, for two threads that compute in Python hold each other up; another thread sends it, which may have to wait.
+one message, for two threads that compute in Python hold each other up; only what is large is left to the line's thread.
 Knows the engine and the line. Does not know HTTP, or how the other process is started.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from metaseq_api.core import Delta, EngineProtocol, Request
-from metaseq_api.core.line import Line, written
+from metaseq_api.core import Completion, Delta, EngineProtocol, Request
+from metaseq_api.core.line import Line, Message, written
 from metaseq_api.core.plain import error_to_plain, from_plain, to_plain
 from metaseq_api.core.protocols import Answer
 from metaseq_api.errors import MetaseqApiError
@@ -41,13 +40,11 @@ class Outlet:
         self._answers: dict[int, tuple[Answer, Request]] = {}
         self._noted: deque[int] = deque()
         self._telling = threading.Lock()
-        self._out: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Hear and send from now on, in threads of its own."""
+        """Hear from now on, in a thread of its own."""
         self._engine.after_turn(self._tell)
-        for name, job in (("outlet hears", self._hear), ("outlet sends", self._send)):
-            threading.Thread(target=job, name=name, daemon=True).start()
+        threading.Thread(target=self._hear, name="outlet hears", daemon=True).start()
 
     # the thread that hears
 
@@ -64,22 +61,22 @@ class Outlet:
         if what == "submit":
             self._submit(number, from_plain(Request, request))
         elif what == "cancel":
-            if number in self._answers:
-                self._answers[number][0].cancel()
+            if (held := self._answers.get(number)) is not None:
+                held[0].cancel()
         elif what == "health":
-            self._out.put(written(what, number, to_plain(self._engine.health())))
+            self._line.send(what, number, to_plain(self._engine.health()))
         else:
             assert what == "stats", what
-            self._out.put(written(what, number, to_plain(self._engine.stats)))
+            self._line.send(what, number, to_plain(self._engine.stats))
 
     def _submit(self, number: int, request: Request) -> None:
         try:
             answer = self._engine.submit(request)
         except MetaseqApiError as e:
-            self._out.put(written("failed", number, error_to_plain(e)))
+            self._line.send("failed", number, error_to_plain(e))
             return
         if request.stream:
-            self._out.put(written("told", [[number, []]]))  # it is admitted: the head of the answer may go out
+            self._line.send("told", [[number, []]])  # it is admitted: the head of the answer may go out
         self._answers[number] = answer, request
         answer.watch(lambda: self._noted.append(number))  # there is something to take, or it has ended
         if self._noted:  # already, and the engine may have nothing to do
@@ -94,46 +91,38 @@ class Outlet:
             if not noted:
                 return
             told: list[Any] = []
-            endings = [
-                written(*end) for number in dict.fromkeys(noted) if (end := self._take(number, told)) is not None
-            ]
-            self._out.put(b"".join([written("told", told), *endings] if told else endings))
+            endings = [end for number in dict.fromkeys(noted) for end in self._take(number, told)]
+            if told:
+                self._line.send("told", told)
+            for end in endings:
+                self._line.put(end)
 
-    def _take(self, number: int, told: list[Any]) -> tuple[Any, ...] | None:
-        """Add to `told` what of this answer there is, and give how it ended if it has."""
+    def _take(self, number: int, told: list[Any]) -> list[Message]:
+        """Add to `told` what of this answer there is; how it ended, if it has."""
         if number not in self._answers:
-            return None
+            return []
         answer, request = self._answers[number]
-        has_ended, deltas, end = answer.ended, [], None
+        has_ended, deltas, end = answer.ended, [], list[Message]()
         try:
             deltas = answer.take() if request.stream else []
             if has_ended:
-                completions = answer.result(0)
-                end = "answered", number, [] if request.stream else to_plain(completions)
+                parts = [] if request.stream else [_part(number, c) for c in answer.result(0)]
+                end = [*parts, written("answered", number, None)]
         except MetaseqApiError as e:
-            end = "failed", number, error_to_plain(e)
+            end = [written("failed", number, error_to_plain(e))]
         if deltas:
             told.append([number, [_plain(delta) for delta in deltas]])
-        if has_ended:
+        if end:
             del self._answers[number]
         return end
 
-    # the thread that sends
 
-    def _send(self) -> None:
-        try:
-            while self._line.write(self._waiting()):
-                pass
-        finally:
-            self._line.hang_up()  # whatever happened: nobody may wait for an answer that does not come
-
-    def _waiting(self) -> bytes:
-        """Wait for something to send; all there is."""
-        data = [self._out.get()]
-        with contextlib.suppress(queue.Empty):
-            while True:
-                data.append(self._out.get_nowait())
-        return b"".join(data)
+def _part(number: int, completion: Completion) -> Message:
+    """One completion. With scores it may have a hundred thousand numbers, and is not written by the engine's thread."""
+    part = functools.partial(written, "part", number)
+    if completion.logprobs is None and completion.prompt_logprobs is None:
+        return part(to_plain(completion))
+    return lambda: part(to_plain(completion))
 
 
 def _plain(delta: Delta) -> list[Any]:

@@ -14,9 +14,11 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +27,18 @@ from metaseq_api.core.line import Line
 from metaseq_api.core.plain import error_from_plain
 from metaseq_api.errors import RankFailed, ResourceError
 from metaseq_api.launch.order import settings_from_dict, settings_to_dict
+from metaseq_api.launch.post_mortem import is_held
 from metaseq_api.launch.ranks import ending, spawn
+from metaseq_api.launch.signals import STOPS
 from metaseq_api.settings import Settings
 
+log = logging.getLogger(__name__)
+
 FRONT_MODULE = "metaseq_api.front"
+HELD_BACK = frozenset({*map(signal.Signals, STOPS), signal.SIGQUIT})
+"""Signals that wait until it can leave them to rank 0."""
+HELD_S = 5.0
+"""Units: seconds between two looks at whether it is stopped; found so twice, it is given up."""
 LAST_S = 3.0
 """Units: seconds beyond its grace in which the front end says its last words and ends."""
 
@@ -77,7 +87,7 @@ class FrontEnd:
             safe_path = ["-P"] if sys.version_info >= (3, 11) else []
             argv = [sys.executable, *safe_path, "-m", FRONT_MODULE]
             try:
-                self._process = spawn(argv, order.to_json(), [order.listen_fd, order.line_fd])
+                self._process = spawn(argv, order.to_json(), [order.listen_fd, order.line_fd], HELD_BACK)
             except OSError as e:
                 raise ResourceError(f"cannot start the front end: {e.strerror}; too many processes here") from e
 
@@ -99,6 +109,7 @@ class FrontEnd:
         if what == "gone":
             raise RankFailed(self.ending())
         self._serving = True
+        threading.Thread(target=self._watch, name="front end", daemon=True).start()
 
     def hang_up(self) -> None:
         """Have every answer end its connection from now on."""
@@ -113,6 +124,20 @@ class FrontEnd:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def _watch(self) -> None:
+        """Nobody is answered by one that SIGSTOP or a debugger holds; its end is found by whoever hears the line."""
+        held = False
+        while self._process.poll() is None:
+            was, held = held, is_held(self._process.pid)
+            if was and held:
+                log.error("the HTTP front end (pid %d) is stopped, by SIGSTOP or a debugger", self._process.pid)
+                self.kill()
+            threading.Event().wait(HELD_S)
 
     @property
     def stopped(self) -> bool:

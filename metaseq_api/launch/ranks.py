@@ -83,14 +83,22 @@ def ending(code: int) -> str:
     return f"was killed by {name}{out_of_memory}"
 
 
-def spawn(argv: Sequence[str], order: str, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Start a process that reads its order from standard input. Raises: OSError."""
-    # blocked across the exec: a Ctrl-C in the terminal must not reach a child that cannot ignore it yet
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def spawn(
+    argv: Sequence[str],
+    order: str,
+    inherited: Sequence[int],
+    held_back: frozenset[signal.Signals] = frozenset({signal.SIGINT}),
+) -> subprocess.Popen[bytes]:
+    """Start a process that reads its order from standard input, with signals blocked that it will unblock.
+
+    Raises: OSError.
+    """
+    # across the exec: a Ctrl-C in the terminal must not reach a child that cannot ignore it yet
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin
     with contextlib.suppress(BrokenPipeError):  # it is dead already, as whoever watches it will find
         process.stdin.write(order.encode())

@@ -54,10 +54,16 @@ class RemoteAnswer(PendingAnswer):
         self.decided = threading.Event()
         """Set once the engine has taken the request, or refused it."""
         self.refusal: MetaseqApiError | None = None
+        self.parts: list[Any] = []
+        """The completions as they came: large ones are read by the thread that waits for them."""
 
     def cancel(self) -> None:
         if not self.ended:
             self._on_cancel()
+
+    def result(self, timeout: float | None = None) -> list[Completion]:
+        super().result(timeout)
+        return from_plain(list[Completion], self.parts)
 
     def fail(self, error: MetaseqApiError) -> None:
         if not self.decided.is_set():
@@ -100,7 +106,7 @@ class RemoteEngine:
             self._answers[number] = answer
         self._line.send("submit", number, to_plain(request))
         if request.stream:
-            answer.decided.wait()  # until then the head of the answer may yet be an error's
+            answer.decided.wait(ASK_S)  # until then the head of the answer may yet be an error's
             if answer.refusal is not None:
                 raise answer.refusal
         return answer
@@ -132,10 +138,13 @@ class RemoteEngine:
             if (question := self._questions.get(number)) is not None:
                 question.put(said)
             return
+        if what == "part":
+            self._answers[number].parts.append(said)
+            return
         with self._lock:
             answer = self._answers.pop(number)
         if what == "answered":
-            answer.end(from_plain(list[Completion], said))
+            answer.end([])
             answer.notify()
         else:
             assert what == "failed", what
@@ -162,7 +171,10 @@ class RemoteEngine:
         number, said = next(self._numbers), queue.SimpleQueue[Any]()
         self._questions[number] = said
         try:
-            return said.get(timeout=ASK_S) if not self._lost and self._line.send(what, number) else None
+            if self._lost:
+                return None
+            self._line.send(what, number)
+            return said.get(timeout=ASK_S)
         except queue.Empty:
             return None
         finally:

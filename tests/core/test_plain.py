@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from support.processes import until
 
 from metaseq_api.core import (
     Completion,
@@ -122,4 +123,21 @@ def test_who_hangs_up_is_heard_of_by_both_and_nobody_is_told_any_more(lines: tup
     here, there = lines
     there.hang_up()
     assert list(here.messages()) == []
-    assert not here.send("anything")
+    here.send("anything")  # to nobody, and nobody waits
+
+
+def test_who_dies_with_something_unread_has_gone_like_any_other(lines: tuple[Line, Line]) -> None:
+    here, there = lines
+    here.send("unread")
+    until(lambda: not here._out.qsize(), "it to be sent")
+    there._said.close()
+    there._sock.close()
+    assert list(here.messages()) == []
+
+
+def test_who_sends_does_not_wait_for_one_that_does_not_read(lines: tuple[Line, Line]) -> None:
+    here, there = lines
+    for _ in range(100):
+        here.send("x" * 100_000)
+    heard = there.messages()
+    assert all(len(next(heard)[0]) == 100_000 for _ in range(100))

@@ -157,6 +157,14 @@ def test_the_front_end_says_that_rank_0_is_held(start: Start) -> None:
     assert service.complete(prompt=[7], max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
+def test_a_front_end_that_is_held_ends_the_job_and_is_named(start: Start) -> None:
+    service = start()
+    front = service.front
+    front.suspend()
+    assert service.end(30) == 20
+    assert any(f"(pid {front.pid}) is stopped, by SIGSTOP or a debugger" in line for line in service.said())
+
+
 def test_a_front_end_that_cannot_begin_ends_the_job_with_its_reason(start: Start, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% if %}")
