@@ -17,15 +17,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from metaseq_api import errors
-from metaseq_api.errors import MetaseqApiError, Overloaded, RequestError, SettingsError
+from metaseq_api.errors import MetaseqApiError, RequestError, SettingsError
 
 PATH = "/v1/completions"
 TRIES = 6
 """How often a question is asked that a busy server refuses with 429."""
 LONGEST_WAIT_S = 30.0
 _REFUSALS = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, RequestError)]
-_BY_CODE = {c.code: c for c in _REFUSALS}
-_BY_STATUS = {c.status: c for c in _REFUSALS} | {429: Overloaded, 400: RequestError}
+_BY_CODE = {c.code: c for c in reversed(_REFUSALS)}  # the more general ones stand first, and count
+_BY_STATUS = {c.status: c for c in reversed(_REFUSALS)}
 """Where another server, a proxy say, answers with a code of its own."""
 
 

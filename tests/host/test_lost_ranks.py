@@ -42,7 +42,7 @@ def under_torchrun(folder: Path) -> Iterator[Service]:
 def said(service: Service, *words: str) -> str:
     """The line that has all these words, once it is there."""
     lines = service.lines
-    return str(until(lambda: next((x for x in lines if all(w in x for w in words)), None), f"{words} in {lines}", 5))
+    return str(until(lambda: next((x for x in lines if all(w in x for w in words)), None), f"{words} in {lines}", 20))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
