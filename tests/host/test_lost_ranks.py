@@ -67,6 +67,7 @@ def test_an_idle_service_outlives_its_timeout_many_times(supervised: Service) ->
 
 
 def test_sigquit_writes_every_stack_and_changes_nothing(supervised: Service) -> None:
+    assert supervised.texts(prompt="x", max_tokens=1)  # it says that it is ready a moment before its engine runs
     supervised.process.send_signal(signal.SIGQUIT)
     said(supervised, "in receive")
     said(supervised, "in _take_in")
