@@ -82,12 +82,10 @@ class Line:
     def _waiting(self) -> bytes | None:
         """Wait for something to send; all there is, up to a large one. None where the line is to end."""
         data: list[bytes] = []
-        try:
+        with contextlib.suppress(queue.Empty):
             while not data or len(data[-1]) < _LARGE:
                 message = self._out.get(block=not data)
                 if message is None:
                     return None
                 data.append(message() if callable(message) else message)
-        except queue.Empty:
-            return b"".join(data)
         return b"".join(data)
