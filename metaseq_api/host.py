@@ -263,6 +263,7 @@ def serve(
         engine.run()
         countdown.stop()
         signals.wake()
+        drain.let_go()  # before what it listens to is closed
         if engine.failure is not None:
             threading.Thread(target=front.stop, args=(0,), daemon=True).start()  # while the others are asked for
             if isinstance(engine.failure, RuntimeError):

@@ -58,13 +58,27 @@ class Drain(threading.Thread):
         super().__init__(name="drain", daemon=True)
         self._engine, self._server, self._deadline, self._signals = engine, server, deadline, signals
         self._begun = begun
+        self._heard_all = threading.Event()
 
     def run(self) -> None:
         """Wait for the first signal, and see the service through to its end."""
+        try:
+            asked = self._see_through()
+        finally:
+            self._heard_all.set()
+        if asked:
+            self._server.stop(max(LAST_S, self._deadline.left_s))
+
+    def let_go(self) -> None:
+        """Return when it waits for no signal any more; that is soon, once the engine has ended and `wake` was called."""
+        self._heard_all.wait()
+
+    def _see_through(self) -> bool:
+        """Until the engine has ended; whether a signal asked for it."""
         while not self._signals.stops:
             self._signals.wait()
             if self._engine.ended:  # by itself: that is told elsewhere
-                return
+                return False
         self._server.hang_up()
         self._begun(signal.Signals(self._signals.stops[0]).name)
         began = time.monotonic()
@@ -82,7 +96,7 @@ class Drain(threading.Thread):
             "every running request was answered" if self._deadline.left_s else "the time is over, and the rest got 503"
         )
         log.info("%s, %.1f s after the signal", how, time.monotonic() - began)
-        self._server.stop(max(LAST_S, self._deadline.left_s))
+        return True
 
     def _give_up(self) -> None:
         """The engine is held up in a step that does not come back: tell the clients, and end without it."""
