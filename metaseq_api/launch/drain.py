@@ -70,7 +70,7 @@ class Drain(threading.Thread):
             self._server.stop(max(LAST_S, self._deadline.left_s))
 
     def let_go(self) -> None:
-        """Return when it waits for no signal any more; that is soon, once the engine has ended and `wake` was called."""
+        """Return when it waits for no signal any more: soon, once the engine has ended and `wake` was called."""
         self._heard_all.wait()
 
     def _see_through(self) -> bool:
