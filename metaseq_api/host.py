@@ -47,8 +47,8 @@ from metaseq_api.launch.terms import Deadline, Terms
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
-from metaseq_api.parallel.context import ParallelContext, join, leave
-from metaseq_api.parallel.roll import Peer, break_off, missing, sign_in
+from metaseq_api.parallel.context import ParallelContext, break_off, join, leave
+from metaseq_api.parallel.roll import Peer, missing, sign_in
 from metaseq_api.progress import progress_bar
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
@@ -112,6 +112,7 @@ def _be_rank(
             init=init,
             device=ready.device,
             timeout_s=settings.timeout_s,
+            node=rank.node,
             listen_fd=listen_fd,
         )
     peers = sign_in(context, rank.node, os.getpid())
@@ -297,7 +298,7 @@ def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext | Non
         return RankFailed(f"rank {rank.rank} cannot go on without the others, or failed: {reason}")
     ignore_stops()  # what follows takes seconds, within which torchrun or srun may end whoever is left
     faulthandler.dump_traceback(all_threads=False)
-    break_off()
+    break_off(context)
     lost = missing(context, peers)
     if not lost:
         return RankFailed(f"rank {rank.rank} was cut off, though every rank is there: {reason}")

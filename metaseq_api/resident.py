@@ -14,11 +14,13 @@ import dataclasses
 import os
 import socket
 import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from metaseq_api import host
+from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.errors import EngineStopped, MetaseqApiError, RankFailed, SettingsError
@@ -93,8 +95,8 @@ class Resident:
     def _live(self) -> None:
         """The thread's whole life."""
         try:
-            with contextlib.ExitStack() as stack:
-                self._engine = engine = self._load(stack)
+            with loaded(self._settings, self._keep, module=self._module) as (engine, _):
+                self._engine = engine
                 self._loaded.set()
                 if not self._closed:
                     engine.run()
@@ -107,36 +109,53 @@ class Resident:
         finally:
             self._loaded.set()
 
-    def _load(self, stack: contextlib.ExitStack) -> Engine:
-        num_ranks = self._settings.model_parallel
-        assert num_ranks
-        store = meeting_place() if num_ranks > 1 else -1
-        ranks = Placement(kind="alone", node=socket.gethostname()).local_ranks(
-            num_ranks, f"file:///proc/self/fd/{store}"
-        )
-        ready = host.prepare(self._settings, ranks[0])
-        torch.set_num_threads(ready.threads)
-        followers = Followers(self._settings, ranks[1:], store, module=self._module)
+    def _keep(self, followers: Followers) -> None:
         self._followers = followers
+
+
+@contextlib.contextmanager
+def loaded(
+    settings: Settings,
+    begun: Callable[[Followers], object],
+    *,
+    module: str = host.__name__,
+    open_weights: host.Opener = open_checkpoint,
+) -> Iterator[tuple[Engine, host.Prepared]]:
+    """An engine of `settings.model_parallel` ranks, to be run by this thread, whose rank 0 it is.
+
+    `begun` hears of the other ranks before anything is read; `module` holds their `run_rank`. Raises: MetaseqApiError.
+    """
+    num_ranks = settings.model_parallel
+    assert num_ranks
+    store = meeting_place() if num_ranks > 1 else -1
+    here = Placement(kind="alone", node=socket.gethostname())
+    me, *others = here.local_ranks(num_ranks, f"file:///proc/self/fd/{store}")
+    with contextlib.ExitStack() as stack:
+        ready = host.prepare(settings, me, open_weights)
+        torch.set_num_threads(ready.threads)
+        followers = Followers(settings, others, store, module=module)
+        begun(followers)
         stack.callback(followers.end)
         try:
-            with host.explained(ranks[0], ready.device):
+            with host.explained(me, ready.device):
                 context = join(
                     rank=0,
                     world_size=num_ranks,
-                    init=ranks[0].init,
+                    init=me.init,
                     device=ready.device,
-                    timeout_s=self._settings.timeout_s,
+                    timeout_s=settings.timeout_s,
+                    node=me.node,
                     check=followers.check,
                 )
                 stack.callback(leave, context)
-                sign_in(context, ranks[0].node, os.getpid())
-                worker = host.load(ready, context, self._settings)
+                sign_in(context, me.node, os.getpid())
+                worker = host.load(ready, context, settings)
                 context.wait_for_all("loaded", timeout_s=host.LOAD_TIMEOUT_S, check=followers.check)
-                return host.make_engine(self._settings, ready, worker, Channel(context))
+                engine = host.make_engine(settings, ready, worker, Channel(context))
         except RankFailed:
             followers.blame()
             raise
+        yield engine, ready
 
 
 def _num_ranks(settings: Settings) -> int:

@@ -31,7 +31,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bench": (
         LOW
         | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"}
-        | {"kernels"},
+        | {"kernels", "resident"},
         {"torch", "transformers"},
     ),
     "launch": (LOW | {"core"}, set()),

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SIDES = {"ours": "ours", "hf": "Hugging Face"}
+SIDES = {"split": "split over ranks", "ours": "ours", "hf": "Hugging Face"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Row:
     def median(self, side: str) -> float:
         return statistics.median(self.values[side])
 
-    def ratio(self, side: str = "ours", other: str = "hf") -> float | None:
+    def ratio(self, side: str, other: str) -> float | None:
         """How many times better one side is, by the medians; None where one was not measured."""
         if side not in self.values or other not in self.values:
             return None
@@ -53,7 +53,7 @@ def shown(number: float) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """A head, and a line for each row: medians with the range, and the ratio where there are two sides."""
+    """A head, and a line for each row: medians with the range, and the ratio of the first two sides."""
     sides = [s for s in SIDES if any(s in row.values for row in rows)]
     head = ["", "unit", *(SIDES[s] for s in sides), *(["ratio"] if len(sides) > 1 else [])]
     lines = [head]
@@ -63,7 +63,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             of = row.values.get(side)
             line.append(f"{shown(statistics.median(of))} ({shown(min(of))}-{shown(max(of))})" if of else "")
         if len(sides) > 1:
-            ratio = row.ratio()
+            ratio = row.ratio(*sides[:2])
             line.append("" if ratio is None else f"{ratio:.2f}")
         lines.append(line)
     return lines

@@ -127,6 +127,7 @@ def _against(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--against", choices=["none", "hf"], default="none", help="Hugging Face's generate, in turns with ours"
     )
+    p.add_argument("--ranks", type=_several, metavar="N", help="also split over so many, which share the threads")
     p.add_argument("--rounds", type=_count, default=3, help="of which the median is shown (default: 3)")
 
 
@@ -150,7 +151,7 @@ def _count(text: str) -> int:
 
 def _several(text: str) -> int:
     if _count(text) < 2:
-        raise argparse.ArgumentTypeError("one token has no time after it; ask for 2 or more")
+        raise argparse.ArgumentTypeError(f"{text} is too few; ask for 2 or more")
     return int(text)
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +20,8 @@ from metaseq_api.bench import http, latency, limits, load, reshard, serve, start
 from metaseq_api.bench.figures import SIDES, Row, cells, shown
 from metaseq_api.bench.plot import Points
 from metaseq_api.bench.services import clients, service
-from metaseq_api.bench.subject import Ours, Subject, ours, subject, theirs
-from metaseq_api.bench.work import Generate, by_engine, by_peer
+from metaseq_api.bench.subject import Ours, Subject, ours, split, subject, theirs
+from metaseq_api.bench.work import Generate, Times, by_engine, by_peer
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import OPT_SHAPES
 from metaseq_api.errors import SettingsError
@@ -46,9 +47,11 @@ def measure_latency(args: Args, say: Say) -> Outcome:
     asked = latency.Load(
         rounds=args.rounds, prompt_len=args.prompt_len, new_tokens=args.new_tokens, prefill_len=args.prefill_len
     )
-    made = ours(_subject(args))
+    of = _subject(args)
+    made = ours(of)
     _check_window(made.ready.config, max(args.prompt_len + args.new_tokens, args.prefill_len + 1), "--prefill-len")
-    rows, probes = latency.measure(_sides(made, args.against), made.ready, asked, say)
+    with _sides(of, made, args) as sides:
+        rows, probes = latency.measure(sides, made.ready, asked, say)
     best = f"{shown(max(probes) / 1e9)} GB/s, the best of {len(probes)} probes of this run"
     kept = {"rows": _kept(rows), "bandwidth_bytes_per_s": probes}
     return Outcome(lines=cells(rows), figures=kept, headline=f"bandwidth: {best}")
@@ -62,11 +65,12 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
         shortest=args.shortest,
         longest=args.longest,
     )
-    made = ours(_subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests)))
+    of = _subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests))
+    made = ours(of)
     _check_window(made.ready.config, args.longest + args.new_tokens, "--longest")
-    sides = _sides(made, args.against)
     probes = limits.Probes(made.ready.device, made.ready.dtype)
-    levels = throughput.measure(sides, asked, say, probes.take)
+    with _sides(of, made, args) as sides:
+        levels = throughput.measure(sides, asked, say, probes.take)
     roof = probes.roofline(made.ready.config, _context_len(args))
     rows = [row for level in levels for row in level.rows]
     return Outcome(
@@ -175,12 +179,27 @@ def _subject(args: Args, **more: Any) -> Subject:
     return subject(shape, args.checkpoint or (None if shape else DEMO), told)
 
 
-def _sides(made: Ours, against: str) -> dict[str, Generate]:
+@contextlib.contextmanager
+def _sides(of: Subject, made: Ours, args: Args) -> Iterator[dict[str, Generate]]:
     """All in this thread: a second one that computes would slow both."""
-    sides = {"ours": by_engine(made.engine)}
-    if against == "hf":
-        sides["hf"] = by_peer(theirs(made.ready))
-    return sides
+    sides = {"ours": _with_threads(made, by_engine(made.engine))}
+    with contextlib.ExitStack() as stack:
+        if args.ranks is not None:
+            shared = stack.enter_context(split(of, args.ranks))
+            sides["split"] = _with_threads(shared, by_engine(shared.engine))
+        if args.against == "hf":
+            sides["hf"] = _with_threads(made, by_peer(theirs(made.ready)))
+        yield sides
+
+
+def _with_threads(made: Ours, generate: Generate) -> Generate:
+    """Every side has its own number of them."""
+
+    def with_them(prompts: list[list[int]], num: int) -> Times:
+        torch.set_num_threads(made.ready.threads)
+        return generate(prompts, num)
+
+    return with_them
 
 
 def _check_window(config: ModelConfig, wanted: int, flag: str) -> None:

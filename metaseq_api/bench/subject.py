@@ -6,8 +6,11 @@ fits; they are the same numbers for everybody who reads them in one run. Does no
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api import host
-from metaseq_api.bench import peer
+from metaseq_api.bench import peer, shape_host
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.counted import Loadable
 from metaseq_api.checkpoint.opening import open_checkpoint
@@ -26,9 +29,14 @@ from metaseq_api.core.config import OPT_SHAPES, tensor_shapes
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.launch.rendezvous import RankInfo
+from metaseq_api.machine import num_cores
 from metaseq_api.model.weights import DeviceWeights
 from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.resident import loaded
 from metaseq_api.settings import DEMO, Settings
+
+WAIT_S = 3600.0
+"""Units: seconds that ranks wait for an order while another side has its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,21 @@ def ours(of: Subject) -> Ours:
     return Ours(host.make_engine(of.settings, ready, worker, Channel(context)), ready)
 
 
+@contextlib.contextmanager
+def split(of: Subject, num_ranks: int) -> Iterator[Ours]:
+    """The same over several ranks that share the threads; the first is in this process. Raises: MetaseqApiError."""
+    settings = replace(of.settings, model_parallel=num_ranks, threads=_share(of.settings, num_ranks), timeout_s=WAIT_S)
+    module = host.__name__ if of.shape is None else shape_host.__name__
+    with loaded(settings, lambda followers: None, module=module, open_weights=of.open) as (engine, ready):
+        yield Ours(engine, ready)
+        engine.end_by(time.monotonic())
+        engine.run()
+
+
 def theirs(ready: host.Prepared) -> Any:
     """Hugging Face's model of the same weights, on the same device. Raises: SettingsError where it is not installed."""
     return peer.hugging_face(ready.config, ready.checkpoint, ready.device, ready.dtype)
+
+
+def _share(settings: Settings, num_ranks: int) -> int:
+    return max(1, (settings.threads or num_cores()) // num_ranks)

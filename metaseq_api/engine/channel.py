@@ -56,7 +56,7 @@ class Channel:
 
     def send_batch(self, batch: Batch) -> None:
         """Driver: have every rank run `batch`."""
-        self._send(Order.STEP, batch.pack())
+        self._send(Order.STEP, array("i") if self._alone else batch.pack())
 
     def send_heartbeat(self) -> None:
         """Driver: show that it lives, and learn that the others do. Raises: RuntimeError when one is lost."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from metaseq_api.parallel.shared import SharedMemory, share
+
 PATIENCE = datetime.timedelta(minutes=10)
 """How long a rank waits for the others to start; nodes of one job may come minutes apart."""
 LOOK = datetime.timedelta(seconds=1)
@@ -26,7 +28,7 @@ def _trust() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelContext:
-    """One rank along the tensor axis. `group` carries tensors (NCCL or gloo), `control` carries orders (gloo)."""
+    """One rank along the tensor axis. `group` (NCCL or gloo) or `memory` carries tensors, `control` (gloo) orders."""
 
     rank: int = 0
     tensor_size: int = 1
@@ -34,6 +36,7 @@ class ParallelContext:
     group: Any = None
     control: Any = None
     store: Any = None
+    memory: SharedMemory | None = None
 
     @property
     def is_driver(self) -> bool:
@@ -48,6 +51,8 @@ class ParallelContext:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place."""
+        if self.memory is not None:
+            return self.memory.all_reduce(x)
         if self.tensor_size > 1:
             dist.all_reduce(x, group=self.group)
         return x
@@ -56,6 +61,8 @@ class ParallelContext:
         """Every rank's `x` (one shape) on the driver, in rank order; None elsewhere."""
         if self.tensor_size == 1:
             return [x]
+        if self.memory is not None:
+            return self.memory.gather(x)
         parts = [torch.empty_like(x) for _ in range(self.tensor_size)] if self.is_driver else None
         dist.gather(x, parts, dst=0, group=self.group)
         return parts
@@ -84,14 +91,15 @@ def join(
     init: str,
     device: torch.device,
     timeout_s: float,
+    node: str | None = None,
     listen_fd: int | None = None,
     check: Callable[[], None] = _trust,
 ) -> ParallelContext:
     """Meet the other ranks at `init` (file:///path, tcp://host:port or agent://host:port) and form the groups.
 
-    `listen_fd` is a listening socket on that port for rank 0, which has it from then on. `check` is called every second
-    while others are waited for; what it raises ends the waiting. It is for a rank that nobody would kill if another is
-    lost.
+    Ranks on a CPU that are all on one `node` sum through memory they share; without it, over sockets. `listen_fd` is a
+    listening socket on that port for rank 0, which has it from then on. `check` is called every second while others are
+    waited for; what it raises ends the waiting. It is for a rank that nobody would kill if another is lost.
     Units: timeout_s seconds, after which a collective gives a lost rank up.
     """
     if world_size == 1:
@@ -109,6 +117,7 @@ def join(
         group=dist.group.WORLD,
         control=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD,
         store=store,
+        memory=share(store, rank, world_size, node, timeout_s) if node is not None and backend == "gloo" else None,
     )
 
 
@@ -128,6 +137,13 @@ def leave(context: ParallelContext) -> None:
     """Part from the other ranks."""
     if context.tensor_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def break_off(context: ParallelContext) -> None:
+    """Hang up on every rank, so that those that wait for this one notice now and not at their own timeout."""
+    if context.memory is not None:
+        context.memory.break_off()
+    leave(context)
 
 
 def _store(init: str, rank: int, world_size: int, listen_fd: int | None) -> Any:

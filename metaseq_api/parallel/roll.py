@@ -12,8 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from metaseq_api.parallel.context import ParallelContext
 
 ROLL_S = 2.0
@@ -70,9 +68,3 @@ def missing(context: ParallelContext, peers: list[Peer]) -> list[Peer]:
     if not asked.is_set() and context.rank != 0:
         return peers[:1]
     return [p for p in peers if p.rank not in present and p.rank != context.rank]
-
-
-def break_off() -> None:
-    """Hang up on every rank, so that those that wait in a collective notice now and not at their own timeout."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from metaseq_api.core import Completion, Delta, Health, Request, Stats
+from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, Stats, TokenLogprobs
 from metaseq_api.core.line import Line
 from metaseq_api.core.pending import PendingAnswer
 from metaseq_api.core.plain import error_from_plain, from_plain, to_plain
@@ -162,7 +162,7 @@ class RemoteEngine:
     def _tell(self, number: int, deltas: list[Any]) -> None:
         answer = self._answers[number]
         for plain in deltas:
-            answer.push(from_plain(Delta, plain))
+            answer.push(_delta(plain))
         answer.decided.set()
         answer.notify()
 
@@ -179,6 +179,16 @@ class RemoteEngine:
             return None
         finally:
             del self._questions[number]
+
+
+def _delta(plain: list[Any]) -> Delta:
+    """As `from_plain`, in a fraction of the time: there is one for every token."""
+    prompt_index, sample_index, text, num_tokens, reason, logprobs = plain
+    if reason is not None:
+        reason = FinishReason(reason)
+    if logprobs is not None:
+        logprobs = from_plain(TokenLogprobs, logprobs)
+    return Delta(prompt_index, sample_index, text, num_tokens, reason, logprobs)
 
 
 def _unknown(*, alive: bool) -> Health:

@@ -93,6 +93,14 @@ def test_a_checkpoint_is_measured_as_a_shape_is(capsys: pytest.CaptureFixture[st
     assert "ratio" in capsys.readouterr().out
 
 
+def test_one_rank_is_measured_beside_two(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = str(Path(bench.__file__).parents[1] / "metaseq_api/demo")
+    few = ["--rounds", "1", "--new-tokens", "4", "--prompt-len", "4", "--prefill-len", "8", "--ranks", "2"]
+    assert bench.main(["latency", "--checkpoint", demo, *few, "--threads", str(torch.get_num_threads())]) == 0
+    head = next(line for line in capsys.readouterr().out.splitlines() if "ratio" in line)
+    assert head.index("split over ranks") < head.index("ours")
+
+
 def test_a_prompt_that_the_window_does_not_hold_is_refused_by_its_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +113,7 @@ def test_a_prompt_that_the_window_does_not_hold_is_refused_by_its_flag(
     ("argv", "says"),
     [
         ([], "JOB"),
-        (["latency", "--new-tokens", "1"], "one token has no time after it"),
+        (["latency", "--new-tokens", "1"], "1 is too few; ask for 2 or more"),
         (["throughput", "--plot", "x.png"], "does not end in .svg"),
         (["serve", "--rate", "0"], "not a number of requests a second"),
         (["latency", "--shape", "opt-13b", "--checkpoint", "x"], "not allowed with"),

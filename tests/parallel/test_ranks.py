@@ -18,14 +18,15 @@ from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import ColumnLinear, RowLinear, VocabEmbedding
 
 
+@pytest.mark.parametrize("nodes", [["one"], ["one", "two"]], ids=["one node", "two nodes"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_together_give_one_ranks_logits(size: int, tmp_path: Path) -> None:
+def test_ranks_together_give_one_ranks_logits(size: int, nodes: list[str], tmp_path: Path) -> None:
     script, out = Path(rank_logits.__file__), tmp_path / "logits.pt"
     env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(r), str(size), str(tmp_path / "store"), str(out)], env=env)
-        for r in range(size)
-    ]
+    ranks = []
+    for r in range(size):
+        about = [str(r), str(size), str(tmp_path / "store"), str(out), nodes[r % len(nodes)], str(len(nodes) == 1)]
+        ranks.append(subprocess.Popen([sys.executable, str(script), *about], env=env))
     assert [p.wait(120) for p in ranks] == [0] * size
     for (variant, dtype), got in zip(rank_logits.CASES, torch.load(out), strict=True):
         hf = tiny_opt(variant)

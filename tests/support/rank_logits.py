@@ -1,4 +1,7 @@
-"""One rank of a tensor-parallel forward pass: python rank_logits.py RANK SIZE STORE OUT. Rank 0 saves its logits."""
+"""One rank of a tensor-parallel forward pass: python rank_logits.py RANK SIZE STORE OUT NODE SHARES.
+
+Rank 0 saves its logits. SHARES: whether the ranks are to share memory, True or False.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,11 @@ def run(driver: Driver) -> torch.Tensor:
 
 
 def main() -> None:
-    rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, size, store, out, node, shares = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
-    context = join(rank=rank, world_size=size, init=f"file://{store}", device=torch.device("cpu"), timeout_s=60)
+    cpu = torch.device("cpu")
+    context = join(rank=rank, world_size=size, init=f"file://{store}", device=cpu, timeout_s=60, node=node)
+    assert str(context.memory is not None) == shares
     assert context.least(100 - rank) == 101 - size
     found = []
     for variant, dtype in CASES:
