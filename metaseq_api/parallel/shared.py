@@ -19,6 +19,7 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class SharedMemory:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place, with one rounding: the same bits on all."""
-        for piece in torch.split(x.view(-1), SLOT // x.itemsize):
+        for piece in _pieces(x):
             parts = self._say(piece)
             self._hear()
             if len(parts) == 2:
@@ -91,8 +92,8 @@ class SharedMemory:
     def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """Every rank's `x` (one shape) on rank 0, in rank order; None elsewhere."""
         found = [torch.empty_like(x) for _ in self._pids] if self._rank == 0 else None
-        whole = [] if found is None else [torch.split(f.view(-1), SLOT // x.itemsize) for f in found]
-        for i, piece in enumerate(torch.split(x.view(-1), SLOT // x.itemsize)):
+        whole = [] if found is None else [_pieces(f) for f in found]
+        for i, piece in enumerate(_pieces(x)):
             parts = self._say(piece)
             if found is not None:
                 self._hear()
@@ -109,7 +110,7 @@ class SharedMemory:
         """Write a piece; where every rank's is found once it is heard."""
         self._hear()  # the last one, and so that the one before was read
         self._count += 1
-        num, turn = len(piece), self._count % 2
+        num, turn = piece.numel(), self._count % 2
         slots = self._slots.get(piece.dtype)
         if slots is None:
             slots = self._slots[piece.dtype] = [list(b.view(piece.dtype)) for b in self._bytes.unbind(1)]
@@ -131,18 +132,29 @@ class SharedMemory:
                 self._sleep(rank, count)
 
     def _sleep(self, rank: int, count: int) -> None:
-        at, deadline = rank * _LINE // 8 + _COUNT, time.monotonic() + self._timeout_s
+        at, began = rank * _LINE // 8 + _COUNT, time.monotonic()
+        look = began + LOOK_S
         while (heard := self._words[at]) < count:
             if self._words[at + _GONE]:
                 raise RuntimeError(f"the connection to its peer, rank {rank}, was broken off there")
-            if _is_gone(self._pids[rank]):
-                raise RuntimeError(f"the process of its peer, rank {rank}, is gone")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"timed out after {self._timeout_s:g} s of waiting for rank {rank}")
             _syscall(_SYS_FUTEX, self._address + at * 8, _FUTEX_WAIT, heard & 0xFFFFFFFF, _LOOK, None, 0)
+            now = time.monotonic()
+            if now < look:
+                continue
+            look = now + LOOK_S
+            if _is_gone(self._pids[rank]) and self._words[at] < count:
+                raise RuntimeError(f"the process of its peer, rank {rank}, is gone")
+            if now - began > self._timeout_s:
+                raise RuntimeError(f"timed out after {self._timeout_s:g} s of waiting for rank {rank}")
 
     def _wake(self) -> None:
         _syscall(_SYS_FUTEX, self._address + self._rank * _LINE, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+
+
+def _pieces(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What is said in one turn each."""
+    flat, most = x.view(-1), SLOT // x.itemsize
+    return torch.split(flat, most) if flat.numel() > most else (flat,)
 
 
 def size_of(num_ranks: int) -> int:
