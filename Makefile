@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DEMO := run/demo
 BENCH = $(BIN)/metaseq-api-bench
 RUNS := run/bench
+WORKERS := 2
 PARTS := 0 1
 
 .PHONY: help serve test browser haproxy test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
@@ -53,7 +54,7 @@ serve: $(DEMO)/.done
 	exec $(BIN)/metaseq-api-local $(DEMO) --port $(PORT)
 
 test: $(BIN)/.test
-	$(BIN)/pytest -m "not slurm and not fresh and not clients"
+	$(BIN)/pytest -m "not slurm and not fresh and not clients" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 browser:
 	tests/support/browser.sh

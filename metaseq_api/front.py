@@ -68,8 +68,9 @@ class Front:
                 self._server.hang_up()
         elif what == "stop":
             self._stop(*of)
-        else:
-            self.engine.hear(what, *of)
+        elif self._server is not None:
+            with self._server.holding():
+                self.engine.hear(what, *of)
 
     def _serve(self) -> None:
         """Listen, or say why not."""

@@ -141,7 +141,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return
         if self._stream is not None:
             self._send(self._stream, self._stream.take())
-        if self.connected:
+        going_on = self._stream is not None and not self.total_outbufs_len  # nothing that waitress would see to
+        if self.connected and not going_on:
             super().handle_write()
 
     def give_up(self) -> None:

@@ -22,15 +22,16 @@ from metaseq_api.parallel.layers import ColumnLinear, RowLinear, VocabEmbedding
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_together_give_one_ranks_logits(size: int, nodes: list[str], tmp_path: Path) -> None:
     script, out = Path(rank_logits.__file__), tmp_path / "logits.pt"
+    hf = [tiny_opt(variant) for variant, _ in rank_logits.CASES]
+    rank_logits.save(tmp_path, [(config_of(m), metaseq_weights(m)) for m in hf])
     env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = []
     for r in range(size):
         about = [str(r), str(size), str(tmp_path / "store"), str(out), nodes[r % len(nodes)], str(len(nodes) == 1)]
         ranks.append(subprocess.Popen([sys.executable, str(script), *about], env=env))
     assert [p.wait(120) for p in ranks] == [0] * size
-    for (variant, dtype), got in zip(rank_logits.CASES, torch.load(out), strict=True):
-        hf = tiny_opt(variant)
-        want = rank_logits.run(Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), dtype=dtype))
+    for model, (_, dtype), got in zip(hf, rank_logits.CASES, torch.load(out), strict=True):
+        want = rank_logits.run(Driver(config_of(model), TensorWeights(metaseq_weights(model)), dtype=dtype))
         # bf16: partial sums are rounded to 8 bits before they are added up (of four: 0.023 off; either 0.02 off fp32)
         close = 1e-4 if dtype is torch.float32 else 12 * 2.0**-8 * float(want.std())
         torch.testing.assert_close(got, want, atol=close, rtol=0)

@@ -1,20 +1,24 @@
 """One rank of a tensor-parallel forward pass: python rank_logits.py RANK SIZE STORE OUT NODE SHARES.
 
-Rank 0 saves its logits. SHARES: whether the ranks are to share memory, True or False.
+Beside OUT lie the models, as `save` leaves them: importing Hugging Face takes each rank seconds. Rank 0 saves its logits.
+SHARES: whether the ranks are to share memory, True or False.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
 
 import torch
-from support.hf_opt import config_of, metaseq_weights, tiny_opt
 from support.steps import Driver
 
+from metaseq_api.core import ModelConfig
 from metaseq_api.model.weights import TensorWeights
 from metaseq_api.parallel.context import join, leave
 
 CASES = (("pre-norm", torch.float32), ("350m", torch.float32), ("pre-norm", torch.bfloat16))
+MODELS = "models.pt"
 PROMPT = [2, *range(10, 40)]
 
 
@@ -28,6 +32,11 @@ def run(driver: Driver) -> torch.Tensor:
     return torch.cat(got) if got else torch.empty(0)
 
 
+def save(folder: Path, models: list[tuple[ModelConfig, dict[str, torch.Tensor]]]) -> None:
+    """One for each of CASES."""
+    torch.save([(dataclasses.asdict(config), weights) for config, weights in models], folder / MODELS)
+
+
 def main() -> None:
     rank, size, store, out, node, shares = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
@@ -35,10 +44,9 @@ def main() -> None:
     context = join(rank=rank, world_size=size, init=f"file://{store}", device=cpu, timeout_s=60, node=node)
     assert str(context.memory is not None) == shares
     assert context.least(100 - rank) == 101 - size
-    found = []
-    for variant, dtype in CASES:
-        hf = tiny_opt(variant)
-        found.append(run(Driver(config_of(hf), TensorWeights(metaseq_weights(hf)), context=context, dtype=dtype)))
+    models, found = torch.load(Path(out).with_name(MODELS)), []
+    for (config, weights), (_, dtype) in zip(models, CASES, strict=True):
+        found.append(run(Driver(ModelConfig(**config), TensorWeights(weights), context=context, dtype=dtype)))
     context.wait_for_all("done", timeout_s=60)
     if rank == 0:
         torch.save(found, out)
