@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel forward pass: python rank_logits.py RANK SIZE STORE OUT NODE SHARES.
 
-Beside OUT lie the models, as `save` leaves them: importing Hugging Face takes each rank seconds. Rank 0 saves its logits.
-SHARES: whether the ranks are to share memory, True or False.
+Beside OUT lie the models, as `save` leaves them: importing Hugging Face takes each rank seconds. Rank 0 saves its
+logits. SHARES: whether the ranks are to share memory, True or False.
 """
 
 from __future__ import annotations
