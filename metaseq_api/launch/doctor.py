@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from metaseq_api import __version__
-from metaseq_api.errors import ClusterError, SettingsError
-from metaseq_api.launch import cluster
+from metaseq_api.errors import ClusterError, ResourceError, SettingsError
+from metaseq_api.launch import cluster, haproxy
 from metaseq_api.launch.cluster import Node, Partition
 from metaseq_api.launch.plan import GIB, gpu_memory
 from metaseq_api.launch.registry import Registry
@@ -72,6 +72,7 @@ def examine(registry: Registry, partition: str | None, trial: Trial | None) -> I
     yield from judge_partitions(partitions, nodes, partition)
     yield _folder(registry)
     yield _login_name()
+    yield _haproxy()
     if trial is None:
         return
     try:
@@ -134,6 +135,14 @@ def _login_name() -> Finding:
         if not address.startswith("127."):
             return Finding(True, f"this machine is {name} ({address})")
     return Finding(True, f"this machine is {name}", "in the ssh line put the name by which you log in to it")
+
+
+def _haproxy() -> Finding:
+    """Only several replicas behind one address need it, and it may be on another machine."""
+    try:
+        return Finding(True, f"HAProxy, for `metaseq-api-slurm proxy`: {haproxy.find()}")
+    except ResourceError as e:
+        return Finding(True, "no HAProxy here; only `metaseq-api-slurm proxy` needs it", str(e))
 
 
 def _try(trial: Trial, folder: Path) -> Iterator[Finding]:

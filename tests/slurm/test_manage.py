@@ -243,6 +243,7 @@ def test_doctor_finds_a_good_site_good(manage: Manage, registry: Registry) -> No
     assert "OK      trial job ran on fake1, fake2" in out
     assert "OK      the nodes reach each other over TCP (2 ways)" in out
     assert "OK      fake2: 8 checkpoint files, 0 unreadable" in out
+    assert "OK      HAProxy, for `metaseq-api-slurm proxy`: /" in out or "OK      no HAProxy here; only" in out
     assert out.endswith("this site is ready\n")
 
 
