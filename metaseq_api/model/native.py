@@ -1,10 +1,10 @@
 """A step as a CPU with kernels of our own runs it (`kernels.native`): what each token attends to is written down once a
 step as plain integers, and each layer writes its keys and values and attends in one call.
 
-The two roles are as in `attention`: generated tokens attend one by one over their blocks, a prompt's in tiles of 32
-queries at fixed positions. So a token's bits depend on its own sequence alone; and, unlike there, a linear layer gives
-a row the same bits among any number of rows. In fp32, and where heads are not a multiple of 32 wide, prompts attend by
-torch's kernel (`prefill`).
+The two roles are as in `attention`: generated tokens attend one by one over their blocks, a prompt's in tiles (in bf16
+of 32 queries at fixed positions). So a token's bits depend on its own sequence alone; and, unlike there, a linear layer
+gives a row the same bits among any number of rows. In bf16, where heads are not a multiple of 32 wide, prompts attend
+by torch's kernel (`prefill`).
 
 Knows the Batch and the cache's layout. Does not know the model.
 
@@ -46,7 +46,7 @@ def plan_native(batch: Batch, cache: KVCache, native: Native) -> NativePlan:
     size, keys = cache.block_size, cache.keys[0]
     rows = _Rows(batch, size)
     prompts = [n for n, item in enumerate(batch.items) if item.num_prompt]
-    here = keys.dtype == torch.bfloat16 and keys.shape[-1] % INPUTS == 0
+    here = keys.dtype == torch.float32 or keys.shape[-1] % INPUTS == 0
     pieces, elsewhere = (prompts, []) if here else ([], prompts)
     single = np.flatnonzero(rows.at_T >= rows.num_prompt_N[rows.item_T])
     arrays = (

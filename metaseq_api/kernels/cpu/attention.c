@@ -1,5 +1,5 @@
-/* Attention over the paged cache: of generated tokens one by one, of a prompt in tiles of 32 queries. */
-#include "cpu.h"
+/* Attention over the paged cache: of generated tokens one by one, of a prompt in tiles of queries. */
+#include "wide.h"
 
 /* For one query: tile 6 and the sums are one column wide. */
 static void configure_column(void) {
@@ -262,8 +262,48 @@ static void piece(const step *s, long n, long h, const bf16 *q, const bf16 *keys
     }
 }
 
-/* Write the step's keys and values, and attend: q, k, v rows of one [T, 3 H D] -> out [T, H * D]. `bytes` 2: bf16, 4: fp32
- * (whose pieces of prompts are left to the caller). */
+enum { FEW = 36, PART = 128 };
+
+INLINE long up_to(long num, long step) { return (num + step - 1) / step * step; }
+
+/* As lay_out, in fp32, in panels for multiply_rows: keys [C / 64][D][64], values [D / 64][C][64], zeros up to whole ones. */
+static void lay_out_wide(const step *s, const int32_t *table, long h, long context, const float *keys, const float *values, float *k, float *v) {
+    long dim = s->dim, block = s->heads * s->size, up = up_to(context, WIDE);
+    memset(k + (context / WIDE) * WIDE * dim, 0, (up - context / WIDE * WIDE) * dim * 4);
+    if (dim % WIDE) memset(v, 0, up_to(dim, WIDE) * context * 4);
+    for (long c = 0; c < context; c++) {
+        long from = (table[c / s->size] * block + h * s->size + c % s->size) * dim;
+        float *to = k + c / WIDE * WIDE * dim + c % WIDE;
+        for (long d = 0; d < dim; d++) to[d * WIDE] = keys[from + d];
+        for (long d = 0; d < dim; d += WIDE)
+            memcpy(v + (d * context) + c * WIDE, values + from + d, (dim - d < WIDE ? dim - d : WIDE) * 4);
+    }
+}
+
+/* One head of a piece of a prompt in fp32, FEW queries at a time: each is one chain of sums, whatever is beside it. */
+static void piece_wide(const step *s, long n, long h, const float *q, const float *keys, const float *values, float *out, float *p) {
+    long dim = s->dim, start = s->start_P[n], begin = s->begin_P[n], stop = start + s->end_P[n] - begin;
+    long most = up_to(stop, WIDE), broad = up_to(dim, WIDE);
+    float *sums = p + FEW * most, *k = sums + FEW * broad, *v = k + most * dim, whole[FEW];
+    lay_out_wide(s, s->table_PN + n * s->width, h, stop, keys, values, k, v);
+    for (long at = start; at < stop; at += FEW) {
+        long rows = stop - at < FEW ? stop - at : FEW, num = at + rows;
+        const float *mine = q + (begin + at - start) * s->stride + h * dim;
+        for (long c = 0; c < num; c += WIDE)
+            for (long r = 0; r < rows; r += TALL)
+                multiply_rows(mine + r * s->stride, s->stride, rows - r < TALL ? rows - r : TALL, k + c * dim, dim, p + r * most + c, most, 0);
+        for (long r = 0; r < rows; r++) whole[r] = weigh(p + r * most, at + r + 1, num, s->scale);
+        for (long d = 0; d < dim; d += WIDE)
+            for (long c = 0; c < num; c += PART)
+                for (long r = 0; r < rows; r += TALL)
+                    multiply_rows(p + r * most + c, most, rows - r < TALL ? rows - r : TALL, v + d * stop + c * WIDE,
+                                  num - c < PART ? num - c : PART, sums + r * broad + d, broad, c > 0);
+        for (long r = 0; r < rows; r++)
+            for (long d = 0; d < dim; d++) out[((begin + at - start + r) * s->heads + h) * dim + d] = sums[r * broad + d] / whole[r];
+    }
+}
+
+/* Write the step's keys and values, and attend: q, k, v rows of one [T, 3 H D] -> out [T, H * D]. `bytes` 2: bf16, 4: fp32. */
 void metaseq_attend(const step *s, const char *q, const char *k, const char *v, char *keys, char *values, char *out, int bytes) {
     long most = 0, up;
     for (long b = 0; b < s->num_single; b++) most = s->context_B[b] > most ? s->context_B[b] : most;
@@ -271,22 +311,23 @@ void metaseq_attend(const step *s, const char *q, const char *k, const char *v, 
         up = s->start_P[n] + s->end_P[n] - s->begin_P[n];
         most = up > most ? up : most;
     }
-    up = (most + 31) / 32 * 32;
+    up = up_to(most, WIDE);
     size_t room = (up + 64) * 4;
     if (s->num_pieces && bytes == 2) room = QUERIES * (up + s->dim) * 4 + (QUERIES * up + 2 * up * s->dim + QUERIES * s->dim) * 2;
+    if (s->num_pieces && bytes == 4) room = (FEW * (up + up_to(s->dim, WIDE)) + up * (s->dim + up_to(s->dim, WIDE))) * 4;
 #pragma omp parallel num_threads(s->threads)
     {
         void *mine = aligned_alloc(64, (room + 63) / 64 * 64);
         put_all(s, k, v, keys, values, bytes);
         configure_column();
         singles(s, q, keys, values, out, bytes, mine);
-        if (bytes == 2 && s->num_pieces) {
-            configure(16, 16);
+        if (s->num_pieces) configure(16, 16);
 #pragma omp for schedule(dynamic) collapse(2)
-            for (long n = 0; n < s->num_pieces; n++)
-                for (long h = 0; h < s->heads; h++)
-                    piece(s, n, h, (const bf16 *)q, (const bf16 *)keys, (const bf16 *)values, (bf16 *)out, mine);
-        }
+        for (long n = 0; n < s->num_pieces; n++)
+            for (long h = 0; h < s->heads; h++) {
+                if (bytes == 2) piece(s, n, h, (const bf16 *)q, (const bf16 *)keys, (const bf16 *)values, (bf16 *)out, mine);
+                else piece_wide(s, n, h, (const float *)q, (const float *)keys, (const float *)values, (float *)out, mine);
+            }
         _tile_release();
         free(mine);
     }

@@ -1,5 +1,4 @@
-/* What a CPU with AMX runs of our own: linear layers and attention of generated tokens over the paged cache in bf16 and
- * fp32, norms and attention of prompts in bf16.
+/* What a CPU with AMX runs of our own: linear layers and attention over the paged cache in bf16 and fp32, norms in bf16.
  *
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
  * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
