@@ -75,6 +75,24 @@ static float weigh(float *s, long open, long num, float scale) {
     return _mm512_reduce_add_ps(sum);
 }
 
+/* As weigh, to weights in bf16 beside the scores, of which `num`, a multiple of 32, are read. */
+static float weigh_narrow(const float *s, long open, long num, float scale, bf16 *w) {
+    __m512 by = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long i = 0; i < open; i += 16) {
+        __mmask16 mask = lanes(open - i);
+        most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_loadu_ps(s + i), by));
+    }
+    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long i = 0; i < num; i += 32) {
+        __mmask16 low = i < open ? lanes(open - i) : 0, high = i + 16 < open ? lanes(open - i - 16) : 0;
+        __m512 a = _mm512_maskz_mov_ps(low, exponent(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + i), by), top)));
+        __m512 b = _mm512_maskz_mov_ps(high, exponent(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + i + 16), by), top)));
+        _mm512_storeu_si512(w + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        sum = _mm512_add_ps(_mm512_add_ps(sum, a), b);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 /* out += the values of `num` tokens, weighted; sums stay in registers where the width is known. */
 INLINE void gather(float *out, const float *p, const char *v, long num, long dim, int bytes) {
     if (dim > 128 || dim % 16) {
@@ -163,7 +181,7 @@ static void singles(const step *s, const char *q, const char *keys, const char *
     }
 }
 
-enum { QUERIES = 32 };
+enum { QUERIES = 32, APART = 32 }; /* rows of scores a power of two apart would share few lines of a cache */
 
 /* A head's keys and values of one context, from their blocks into tiles; zeros up to whole tiles of 32 tokens.
  * Keys [C / 16][D / 32][16][16][2] (pairs of D by token), values [C / 32][D / 16][16][16][2] (pairs of tokens by D). */
@@ -186,7 +204,7 @@ static void lay_out(const step *s, const int32_t *table, long h, long context, c
 
 /* 32 queries at positions [at, at + 32) of a prompt over its tokens up to there. p: scores [32][C], w: weights (bf16). */
 static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf16 *k, const bf16 *v, float *p, bf16 *w, float *out_32D) {
-    long dim = s->dim, num = at + QUERIES;
+    long dim = s->dim, num = at + QUERIES, apart = num + APART;
     float whole[QUERIES];
     WRITTEN;
     for (long c = 0; c < num; c += 32) {
@@ -205,17 +223,12 @@ static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf1
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, p + c, num * 4);
-        _tile_stored(1, p + c + 16, num * 4);
-        _tile_stored(2, p + 16 * num + c, num * 4);
-        _tile_stored(3, p + 16 * num + c + 16, num * 4);
+        _tile_stored(0, p + c, apart * 4);
+        _tile_stored(1, p + c + 16, apart * 4);
+        _tile_stored(2, p + 16 * apart + c, apart * 4);
+        _tile_stored(3, p + 16 * apart + c + 16, apart * 4);
     }
-    for (long r = 0; r < QUERIES; r++) {
-        float *row = p + r * num;
-        whole[r] = weigh(row, at + r + 1, num, s->scale);
-        for (long c = 0; c < num; c += 32)
-            _mm512_storeu_si512(w + r * num + c, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + c + 16), _mm512_loadu_ps(row + c)));
-    }
+    for (long r = 0; r < QUERIES; r++) whole[r] = weigh_narrow(p + r * apart, at + r + 1, num, s->scale, w + r * apart);
     WRITTEN;
     for (long d = 0; d < dim; d += 32) {
         _tile_zero(0);
@@ -224,8 +237,8 @@ static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf1
         _tile_zero(3);
         for (long c = 0; c < num; c += 32) {
             const bf16 *tile = v + ((c / 32) * (dim / 16) + d / 16) * 512;
-            _tile_loadd(4, w + c, num * 2);
-            _tile_loadd(5, w + 16 * num + c, num * 2);
+            _tile_loadd(4, w + c, apart * 2);
+            _tile_loadd(5, w + 16 * apart + c, apart * 2);
             _tile_loadd(6, tile, 64);
             _tile_loadd(7, tile + 512, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -246,8 +259,8 @@ static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf1
 static void piece(const step *s, long n, long h, const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, void *room) {
     long dim = s->dim, start = s->start_P[n], begin = s->begin_P[n], stop = start + s->end_P[n] - begin;
     long up = (stop + 31) / 32 * 32;
-    float *p = room, *sums = p + QUERIES * up;
-    bf16 *w = (bf16 *)(sums + QUERIES * dim), *k = w + QUERIES * up, *v = k + up * dim, *mine = v + up * dim;
+    float *p = room, *sums = p + QUERIES * (up + APART);
+    bf16 *w = (bf16 *)(sums + QUERIES * dim), *k = w + QUERIES * (up + APART), *v = k + up * dim, *mine = v + up * dim;
     lay_out(s, s->table_PN + n * s->width, h, stop, keys, values, k, v);
     for (long at = start / QUERIES * QUERIES; at < stop; at += QUERIES) {
         long low = at < start ? start : at, high = at + QUERIES < stop ? at + QUERIES : stop;
@@ -313,7 +326,7 @@ void metaseq_attend(const step *s, const char *q, const char *k, const char *v, 
     }
     up = up_to(most, WIDE);
     size_t room = (up + 64) * 4;
-    if (s->num_pieces && bytes == 2) room = QUERIES * (up + s->dim) * 4 + (QUERIES * up + 2 * up * s->dim + QUERIES * s->dim) * 2;
+    if (s->num_pieces && bytes == 2) room = QUERIES * (up + APART + s->dim) * 4 + (QUERIES * (up + APART) + 2 * up * s->dim + QUERIES * s->dim) * 2;
     if (s->num_pieces && bytes == 4) room = (FEW * (up + up_to(s->dim, WIDE)) + up * (s->dim + up_to(s->dim, WIDE))) * 4;
 #pragma omp parallel num_threads(s->threads)
     {
