@@ -181,7 +181,7 @@ def _secure(chosen: Settings, sock: socket.socket) -> Settings:
 
 
 def _tell(error: MetaseqApiError) -> None:
-    print(f"metaseq-api-local: error: {error}", file=sys.stderr)
+    sys.stderr.write(f"metaseq-api-local: error: {error}\n")  # at once: srun may write beside it
     batch = os.environ.get(ENV_NOTIFY, "")
     if error.exit_code == RankFailed.exit_code and batch.isdecimal() and os.environ.get("SLURM_NODEID") == "0":
         with contextlib.suppress(OSError):  # it has ended before

@@ -31,7 +31,7 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
-from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, SettingsError
+from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, ResourceError, SettingsError
 from metaseq_api.launch.child import ignore_stops
 from metaseq_api.launch.countdown import Countdown, Hooks
 from metaseq_api.launch.drain import Drain
@@ -371,7 +371,10 @@ def _device(settings: Settings, rank: RankInfo) -> torch.device:
     if settings.device == "cpu" or (settings.device is None and not available):
         return torch.device("cpu")
     if not available:
-        raise SettingsError("--device cuda, but this machine shows no GPU; leave --device out to serve on the CPU")
+        raise ResourceError(
+            "--device cuda, but torch sees no GPU here: it must be a torch built for CUDA, and `nvidia-smi` must show "
+            "the GPU; --device cpu serves without"
+        )
     index = device_index(rank.local_rank, available)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import itertools
 import json
 import os
 import signal
@@ -70,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ask(registry: Registry, args: argparse.Namespace) -> int:
     if args.command == "list" or (args.command == "status" and args.name is None):
-        for standing in service.look_at_all(registry):
+        found = service.look_at_all(registry)
+        for standing in found:
             _print_line(standing, as_json=getattr(args, "json", False))
+        if not found:
+            print(f"no services in {registry.folder} (--registry, METASEQ_API_REGISTRY)", file=sys.stderr)
         return 0
     if args.command == "stop":
         before = service.stop(registry, args.name)
@@ -79,7 +83,7 @@ def _ask(registry: Registry, args: argparse.Namespace) -> int:
         return 0
     standing = service.look(registry, args.name)
     if args.command == "url":
-        if standing.state not in ("ready", "draining"):
+        if standing.state != "ready":
             raise ServiceError(f"{args.name} is not ready: {standing.words}")
         print(standing.url)
     elif args.command == "logs":
@@ -88,6 +92,8 @@ def _ask(registry: Registry, args: argparse.Namespace) -> int:
         _print_line(standing, as_json=args.json)
         if not args.json:
             _print_members(standing)
+            if standing.has_ended and (error := service.last_error(standing)):
+                print(f"  the last error in its log: {error}")
     return ServiceError.exit_code if args.command == "status" and standing.has_ended else 0
 
 
@@ -188,6 +194,8 @@ def _order(args: argparse.Namespace, flags: list[str]) -> submit.Order:
             f"--port {args.port} cannot be had twice on one node, where members of {args.name or 'this service'} may "
             f"meet; leave it out: the registry tells theirs, and `{PROG} proxy` has a --port for all"
         )
+    if args.successor:
+        submit.check_succession(options)
     checkpoint = None if args.checkpoint is None else Path(args.checkpoint).expanduser().absolute()
     told = args.gpus == 0 or (args.gpus is not None and args.gpu_memory is not None)
     usable = [] if told else cluster.nodes_of(options.get("partition"))
@@ -283,7 +291,8 @@ def _doctor(registry: Registry, args: argparse.Namespace) -> int:
             wait_s=args.wait_s,
         )
     bad = 0
-    for finding in doctor.examine(registry, options.get("partition"), trial):
+    findings = doctor.examine(registry, options.get("partition"), trial)
+    for finding in itertools.chain(findings, [_readable(args.checkpoint)] if args.checkpoint else []):
         print(
             f"{'OK     ' if finding.ok else 'PROBLEM'} {finding.what}" + (f": {finding.fix}" if finding.fix else ""),
             flush=True,
@@ -291,6 +300,15 @@ def _doctor(registry: Registry, args: argparse.Namespace) -> int:
         bad += not finding.ok
     print("this site is ready" if not bad else f"{bad} problem(s)")
     return 1 if bad else 0
+
+
+def _readable(checkpoint: Path) -> doctor.Finding:
+    """Whether `submit` could read a checkpoint's headers here."""
+    try:
+        config = _shape(checkpoint.expanduser().absolute())
+    except MetaseqApiError as e:
+        return doctor.Finding(False, f"{checkpoint} cannot be served: {e}")
+    return doctor.Finding(True, f"{checkpoint}: {config.num_params / 1e6:.1f} M parameters, readable from here")
 
 
 if __name__ == "__main__":

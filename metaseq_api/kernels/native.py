@@ -34,6 +34,7 @@ _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoci
 FLAGS = ("-O3", "-march=native", *_MATH, "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
+SCRATCH = "metaseq-api-native-"
 INPUTS = 32
 """A packed weight's inputs are a multiple of it, and so is the width of a head whose prompts are attended here."""
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -159,7 +160,10 @@ def native() -> Native | None:
     if not torch.cpu._is_amx_tile_supported():
         return None
     try:
-        found = Native(_compiled())
+        path = _compiled()
+        found = Native(path)
+        if path.parent.name.startswith(SCRATCH):  # loaded, it needs its file no more
+            shutil.rmtree(path.parent)
     except subprocess.CalledProcessError as e:
         said = (e.stderr or b"").decode(errors="replace").strip().splitlines() or ["it said nothing"]
         log.warning("no kernels of our own on this CPU, torch's serve: %s failed: %s", e.cmd[0], said[-1])
@@ -206,7 +210,7 @@ def _folder() -> Path:
             return folder
     except (OSError, RuntimeError) as e:
         log.info("no cache folder: %s", e)
-    return Path(tempfile.mkdtemp(prefix="metaseq-api-"))
+    return Path(tempfile.mkdtemp(prefix=SCRATCH))
 
 
 def _is_ours(folder: Path) -> bool:

@@ -108,7 +108,8 @@ def run(argv: Sequence[str], text: str | None = None, env: Mapping[str, str] | N
         raise ClusterError(f"{argv[0]} cannot be run ({e.strerror}); see its rights and your PATH") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(
-            f"{argv[0]} said nothing for {TIMEOUT_S:.0f} s; see `scontrol ping`, then try again"
+            f"{argv[0]} said nothing for {TIMEOUT_S:.0f} s; see `scontrol ping`, and `squeue --me` for what it did all "
+            "the same, then try again"
         ) from None
     if done.returncode:
         raise ClusterError(refusal(argv[0], done.stderr or done.stdout))

@@ -184,6 +184,8 @@ def _await(job: str, trial: Trial, folder: Path) -> tuple[list[dict[str, Any]], 
             return said, ""
         if now is None or not (now.is_queued or now.is_running):
             return said, "its job is gone" if now is None else now.words
+        if "will never start" in now.words:
+            return said, now.words
         if time.monotonic() > deadline:
             return said, f"after {trial.wait_s:.0f} s it is {now.words}"
         time.sleep(0.5)
@@ -193,7 +195,9 @@ def _not_run(job: str, trial: Trial, ended: str, log: Path, said: int) -> Findin
     wrote = log.read_text("utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     told = f"; it wrote: {wrote[-1]}" if wrote else ""
     hint = (
-        "raise --wait-s, or try --nodes 1"
+        "ask for less, with --nodes 1 say"
+        if "never start" in ended
+        else "raise --wait-s, or try --nodes 1"
         if "queued" in ended
         else f"is {shlex.quote(trial.python)} (with metaseq-api) there on every node, and the registry too?"
     )

@@ -65,6 +65,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A port's number, or 0."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535, or 0 for a free one")
+    return int(text)
+
+
 def slurm_parser(prog: str) -> argparse.ArgumentParser:
     """The flags of every command of metaseq-api-slurm."""
     parser = Parser(prog=prog, description="Services on a SLURM cluster, from its login node.", allow_abbrev=False)
@@ -120,7 +127,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=count, default=1, metavar="N", help="members, each with the model whole (default: 1)")
     add("--successor", action="store_true", help="before its time is over, each member submits the job that takes over")
     add("--host", default="0.0.0.0", help="address to listen on (default: every one of its node's)")
-    add("--port", type=int, default=0, help="default: 0, a free one, bound once; the registry tells which")
+    add("--port", type=port, default=0, help="default: 0, a free one, bound once; the registry tells which")
     add("--key-file", type=Path, metavar="FILE", help="a key for clients (default: $METASEQ_API_KEY, else one is made)")
     add("--python", default=sys.executable, metavar="FILE", help="the nodes' Python (default: this one)")
     add("--setup", action="append", default=[], metavar="LINE", help="of shell, before the service starts; repeatable")
@@ -135,7 +142,7 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name")
     add("--host", default="0.0.0.0", help="address to listen on (default: every one of this machine's)")
-    add("--port", type=int, default=0, help="default: 0, a free one; `url NAME` tells which")
+    add("--port", type=port, default=0, help="default: 0, a free one; `url NAME` tells which")
     add("--haproxy", metavar="FILE", help="the program (default: haproxy, wherever it is)")
     add("--job", action="store_true", help="run it as a job of its own; takes options of sbatch")
     add("--python", default=sys.executable, metavar="FILE", help="of that job (default: this one)")

@@ -38,6 +38,8 @@ SHORT = {
     "licenses": "L", "nodelist": "w", "partition": "p", "qos": "q", "time": "t",
 }  # fmt: skip
 """One letter of each where sbatch has one that is much used."""
+SIGNAL = "B:USR1@120"
+"""When a service hears that its time is nearly over, where no --signal says so. Units: seconds before the end."""
 OURS = {
     "job-name": "give --name",
     "output": "`metaseq-api-slurm logs NAME` finds it, in the registry",
@@ -154,7 +156,7 @@ class Script:
             "output": self.output,
             "open-mode": "append",
             **({} if "no-requeue" in self.options else {"requeue": None}),
-            "signal": "B:USR1@120",
+            "signal": SIGNAL,
         }
         head = _TEMPLATE.format(
             options="\n".join(_option(n, v) for n, v in (options | dict(self.options)).items()),
@@ -173,7 +175,7 @@ def render_proxy(name: str, output: str, command: Sequence[str], more: Mapping[s
     Raises: SettingsError.
     """
     options: dict[str, str | None] = {"job-name": name, "ntasks": "1", "output": output, "open-mode": "append"}
-    options |= {**({} if "no-requeue" in more else {"requeue": None}), "signal": "B:USR1@120", **more}
+    options |= {**({} if "no-requeue" in more else {"requeue": None}), "signal": SIGNAL, **more}
     return _PROXY.format(
         options="\n".join(_option(n, v) for n, v in options.items()), command=" ".join(map(shlex.quote, command))
     )

@@ -52,10 +52,10 @@ class Slurm:
 
 def find(registry: Registry, name: str, slurm: Slurm | None = None) -> Standing | None:
     """How the service of this name stands; None where there is none."""
-    found = find_all(registry, name)
+    now, found = time.time(), find_all(registry, name)
     if found is None:
         return None
-    return judge_all(found, (slurm or Slurm()).jobs(found.jobs), time.time())
+    return judge_all(found, (slurm or Slurm()).jobs(found.jobs), now)  # which may take a minute to say nothing
 
 
 def look(registry: Registry, name: str, slurm: Slurm | None = None) -> Standing:
@@ -69,9 +69,9 @@ def look(registry: Registry, name: str, slurm: Slurm | None = None) -> Standing:
 
 def look_at_all(registry: Registry) -> list[Standing]:
     """How every service stands, SLURM being asked once."""
-    found = [f for name in registry.names() if (f := find_all(registry, name))]
+    now, found = time.time(), [f for name in registry.names() if (f := find_all(registry, name))]
     jobs = Slurm().jobs([job for f in found for job in f.jobs])
-    return [judge_all(f, jobs, time.time()) for f in found]
+    return [judge_all(f, jobs, now) for f in found]
 
 
 def follow(

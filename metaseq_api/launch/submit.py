@@ -6,6 +6,7 @@ Knows the registry and the script. Does not know the model, nor what becomes of 
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 import socket
 import time
@@ -18,8 +19,9 @@ from metaseq_api.launch import cluster
 from metaseq_api.launch.plan import Layout
 from metaseq_api.launch.proxy import check_free
 from metaseq_api.launch.registry import Record, Registry, Submission, replace_json, write_private
-from metaseq_api.launch.sbatch import Script, render_proxy
+from metaseq_api.launch.sbatch import SIGNAL, Script, render_proxy
 from metaseq_api.launch.service import find, look
+from metaseq_api.launch.successor import OVERLAP_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +68,23 @@ class Order:
                 *(self.python, "-m", "metaseq_api.cli.interactive_hosted"),
                 *([] if self.checkpoint is None else [str(self.checkpoint)]),
                 *("--model-parallel", str(self.layout.model_parallel), "--host", self.host, "--port", str(self.port)),
-                *([] if self.layout.gpus else ["--device", "cpu"]),
+                *("--device", "cuda" if self.layout.gpus else "cpu"),
                 *("--registry", folder, "--service", self.name),
                 *(["--successor", str(self.replicas)] if self.successor else []),
                 *self.flags,
             ],
+        )
+
+
+def check_succession(options: Mapping[str, str | None]) -> None:
+    """Whether a successor can be there before `--signal` ends a member. Raises: SettingsError."""
+    total = cluster.parse_time(options.get("time") or "")
+    told = re.search(r"@(\d+)$", options.get("signal") or SIGNAL)
+    before = int(told[1]) if told else 60
+    if total is not None and total / 2 < before + OVERLAP_S:
+        raise SettingsError(
+            f"--successor is submitted at half of --time {options['time']}, and --signal ends the service {before} s "
+            "before the end, which is sooner; give it more --time, or a later signal, as --signal B:USR1@10"
         )
 
 

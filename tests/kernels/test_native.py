@@ -110,7 +110,20 @@ def test_a_library_is_not_kept_where_others_can_write(
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert module._folder() == tmp_path / ".cache" / "metaseq-api"
     (tmp_path / ".cache").chmod(mode)
-    assert tmp_path not in module._folder().parents
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(module.tempfile, "tempdir", str(scratch))
+    assert module._folder().parent == scratch
+
+
+def test_a_library_that_is_not_kept_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own()  # or there is nothing to load
+    (tmp_path / ".cache").mkdir(mode=0o777)
+    (tmp_path / ".cache").chmod(0o777)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    assert native.__wrapped__() is not None
+    assert [p.name for p in tmp_path.iterdir()] == [".cache"]
 
 
 def test_without_a_compiler_torch_serves_and_the_log_says_so(

@@ -33,6 +33,9 @@ def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
             2,
             "metaseq-api-slurm proxy` has a --port for",
         ),
+        (["submit", "--gpus", "0", "--successor", "--time", "4"], 2, "--signal ends the service 120 s before the end"),
+        (["submit", "--gpus", "0", "--port", "80000"], 2, "argument --port: '80000' is not a port from 1 to 65535"),
+        (["proxy", "a", "--port", "-1"], 2, "argument --port"),
         (["submit", "--replicas", "0"], 2, "argument --replicas: '0' is not a number from 1 on"),
         (["proxy", "nobody"], 31, "there is no service nobody in "),
         (["proxy", "nobody", "--haproxy", "/nowhere/haproxy"], 8, "/nowhere/haproxy is not found here; have it"),
@@ -97,13 +100,15 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
     assert "plan: of 80 GiB a GPU: room for" in err
     for line in ("#SBATCH --partition=gpu", "#SBATCH --time=30", "#SBATCH --nice", "#SBATCH --gpus-per-node=1"):
         assert line in out.splitlines()
+    assert " --device cuda " in out  # never a CPU instead, without a word
     assert " --service demo --dtype bf16 &\n" in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_registry_is_listed_as_nothing(door: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert door.main(["list"]) == 0
-    assert capsys.readouterr().out == ""
+    out, err = capsys.readouterr()
+    assert (out, err.startswith("no services in ")) == ("", True)
 
 
 def test_the_key_of_the_environment_is_checked_and_not_shown(
