@@ -324,7 +324,7 @@ def break_tokenizer(demo: Path) -> None:
         (break_tokenizer, [], 7, "merges.txt"),
         (None, ["--model-parallel", "3"], 6, "--model-parallel 3"),
         (None, ["--max-seq-len", "100000"], 2, "(--max-seq-len) is 100000"),
-        (None, ["--device", "cuda"], 2, "--device cuda"),
+        (None, ["--device", "cuda"], 8, "--device cuda, but torch sees no GPU here"),
         (None, ["--dtype", "fp64"], 2, "--dtype"),
     ],
     ids=lambda v: v.__name__ if callable(v) else "",

@@ -192,11 +192,12 @@ def test_the_least_loaded_member_is_asked(front: Callable[..., str]) -> None:
 
     slow, good = Member(hold), Member(lambda client: client.sendall(ANSWER))
     url = front(slow, good)
-    clients = [threading.Thread(target=ask, args=(url, 1)) for _ in range(2)]
+    clients: list[threading.Thread] = []
     try:
-        for client in clients:
-            client.start()
-        until(lambda: slow.heads, "the slow one to be busy")
+        while not slow.heads:  # one at a time: while the good one has a client too, both are as busy
+            clients.append(threading.Thread(target=ask, args=(url, 1)))
+            clients[-1].start()
+            until(lambda: slow.heads or not clients[-1].is_alive(), "a client to be held or answered")
         assert ask(url, 5) == ["answered"] * 5
         assert len(slow.heads) == 1
     finally:
