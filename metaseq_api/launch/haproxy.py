@@ -61,7 +61,7 @@ backend members
     balance leastconn
     option httpchk GET /ready
     http-check expect status 200
-    retries 8
+    retries 3
     option redispatch 1
     retry-on conn-failure 425
     http-response set-status 503 if {{ status 425 }}

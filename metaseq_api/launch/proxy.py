@@ -101,9 +101,12 @@ def serve(registry: Registry, front: Front, terms: Terms, told: Callable[[Record
             recorder = Recorder(registry.proxy_file(front.name), record)
             try:
                 _wait_until_it_answers(process, runtime)
-                recorder.ready()
-                told(record)
-                reason = _watch(registry, front.name, process, runtime, signals)
+
+                def begun() -> None:
+                    recorder.ready()
+                    told(record)
+
+                reason = _watch(registry, front.name, process, runtime, signals, begun)
                 recorder.draining(reason)
                 _end(process, signals, Deadline(terms), reason)
             except BaseException as e:
@@ -190,8 +193,19 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], runtime: Runtime) -
         time.sleep(0.02)
 
 
-def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runtime: Runtime, signals: Signals) -> str:
-    """Keep the slots as the registry has the members, until there is a reason to end, which is returned."""
+def _watch(
+    registry: Registry,
+    name: str,
+    process: subprocess.Popen[bytes],
+    runtime: Runtime,
+    signals: Signals,
+    begun: Callable[[], None],
+) -> str:
+    """Keep the slots as the registry has the members, until there is a reason to end, which is returned.
+
+    `begun` is called once the members that are there have been let in: nobody shall be told the address before.
+    """
+    told = False
     known: dict[int, Slot] = {}
     words: dict[int, Record] = {}  # the last of each member: a file that cannot be read now says nothing new
     addresses, seen = Addresses(), time.monotonic()
@@ -207,6 +221,9 @@ def _watch(registry: Registry, name: str, process: subprocess.Popen[bytes], runt
             known = _apply(runtime, known, slots_of(list(words.values()), time.time(), addresses.of))
         elif now - seen > GONE_S:
             return f"{name} was stopped"
+        if not told:
+            told = True
+            begun()
         signals.wait(LOOK_S)
 
 
