@@ -254,7 +254,7 @@ def test_doctor_finds_a_good_site_good(manage: Manage, registry: Registry) -> No
         (["--gpus", "2"], "torch sees fewer GPUs than SLURM gives"),
         (["--python", "/nowhere/python"], "is /nowhere/python (with metaseq-api) there on every node"),
         (["--partition", "nowhere", "--no-job"], "PROBLEM there is no partition nowhere: give one of main"),
-        (["--nodes", "9", "--wait-s", "60"], "or they are not of this kind: it will never start (PartitionConfig): ask for"),
+        (["--nodes", "9", "--wait-s", "60"], "of this kind: it will never start (PartitionConfig): ask for less"),
         (["--mem", "999gb"], "PROBLEM the trial job cannot be submitted: sbatch: "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
