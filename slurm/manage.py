@@ -292,7 +292,7 @@ def _doctor(registry: Registry, args: argparse.Namespace) -> int:
         )
     bad = 0
     findings = doctor.examine(registry, options.get("partition"), trial)
-    for finding in itertools.chain(findings, [_readable(args.checkpoint)] if args.checkpoint else []):
+    for finding in itertools.chain([_readable(args.checkpoint)] if args.checkpoint else [], findings):
         print(
             f"{'OK     ' if finding.ok else 'PROBLEM'} {finding.what}" + (f": {finding.fix}" if finding.fix else ""),
             flush=True,

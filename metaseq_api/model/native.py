@@ -83,7 +83,7 @@ def plan_native(batch: Batch, cache: KVCache, native: Native) -> NativePlan:
 
 
 class _Rows:
-    """A Batch of N items as columns: of the items, and of the T tokens they feed. Of 256 items, all in 0.4 ms."""
+    """A Batch of N items as columns: of the items, and of the T tokens they feed."""
 
     def __init__(self, batch: Batch, size: int) -> None:
         items, num = batch.items, len(batch.items)

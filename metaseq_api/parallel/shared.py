@@ -1,5 +1,5 @@
-"""Sums and gathers among ranks of one machine, through memory they share: gloo takes a millisecond for each, this a few
-hundredths, and a step of 12 layers has 25.
+"""Sums and gathers among ranks of one machine, through memory they share: over gloo's sockets each takes about a
+millisecond, and a step of 12 layers has 25.
 
 Every rank has a count of what it has said, and two slots that it says it in, in turn. Whoever says its n-th thing knows
 that all have read its (n-2)nd, for they have said their (n-1)st. A wait looks for a moment, then sleeps in the kernel.
@@ -32,7 +32,7 @@ SLOT = 1 << 20
 LOOK_S = 0.1
 """Units: seconds after which a rank that waits looks whether the other lives."""
 SPINS = 2000
-"""Looks before it sleeps, where every rank has a core: about 0.1 ms, which is what falling asleep and waking costs."""
+"""Looks before it sleeps, where every rank has a core."""
 _TOKEN = 16
 _LINE = 64
 _HEAD = 4096
