@@ -154,7 +154,7 @@ static void scores(float *s, const float *q, const bf16 *pairs, const char *k, l
 /* Generated tokens, each over its own blocks. */
 static void singles(const step *s, const char *q, const char *keys, const char *values, char *out, int bytes, float *p) {
     long dim = s->dim, block = s->heads * s->size;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (long at = 0; at < s->num_single * s->heads; at++) {
         long b = at / s->heads, h = at % s->heads, context = s->context_B[b];
         const int32_t *table = s->table_BN + b * s->width;

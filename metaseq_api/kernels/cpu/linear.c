@@ -88,7 +88,7 @@ void metaseq_linear(const bf16 *x, long stride, const bf16 *packed, const bf16 *
         int low = -1, high = -1;
         for (long first = 0; first < num_rows; first += chunk) {
             long last = first + chunk < num_rows ? first + chunk : num_rows;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait /* a core may be taken away meanwhile */
             for (long p = 0; p < panels; p++) {
                 const bf16 *panel = packed + p * steps * 1024;
                 int num = num_outputs - p * PANEL < PANEL ? num_outputs - p * PANEL : PANEL;

@@ -24,7 +24,7 @@ void metaseq_linear_wide(const float *x, long stride, const float *packed, const
         for (long first = 0; first < num_rows; first += CHUNK) {
             long rows = num_rows - first < CHUNK ? num_rows - first : CHUNK;
             long part = rows > TALL ? PART : num_inputs;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait /* a core may be taken away meanwhile */
             for (long p = 0; p < panels; p++) {
                 for (long i = 0; i < num_inputs; i += part) {
                     long num = num_inputs - i < part ? num_inputs - i : part;
