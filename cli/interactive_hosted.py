@@ -200,6 +200,10 @@ def _check_files(chosen: Settings) -> None:
     for flag, file in (("--vocab-filename", chosen.bpe_vocab), ("--merges-filename", chosen.bpe_merges)):
         if file is not None and not file.is_file():
             raise TokenizerError(f"{flag} (or constants.py) names {file}, which is not a file")
+    if chosen.chat_template is not None:
+        from metaseq_api.server import template
+
+        template.load(chosen.chat_template)
 
 
 def _num_ranks(chosen: Settings, placement: rendezvous.Placement, num_gpus: int) -> int:

@@ -23,6 +23,9 @@ from metaseq_api.core.plain import error_to_plain, from_plain, to_plain
 from metaseq_api.core.protocols import Answer
 from metaseq_api.errors import MetaseqApiError
 
+FEW = 16
+"""Scored tokens that are written down at once; more of them, an echoed prompt's, by the line's thread."""
+
 
 class Engine(EngineProtocol, Protocol):
     """What more is asked of it."""
@@ -91,30 +94,32 @@ class Outlet:
             if not noted:
                 return
             told: list[Any] = []
-            endings = [end for number in dict.fromkeys(noted) for end in self._take(number, told)]
+            rest = [message for number in dict.fromkeys(noted) for message in self._take(number, told)]
             if told:
                 self._line.send("told", told)
-            for end in endings:
-                self._line.put(end)
+            for message in rest:
+                self._line.put(message)
 
     def _take(self, number: int, told: list[Any]) -> list[Message]:
-        """Add to `told` what of this answer there is; how it ended, if it has."""
+        """Add to `told` what of this answer there is; what is to be said after that: much at once, and how it ended."""
         if number not in self._answers:
             return []
         answer, request = self._answers[number]
-        has_ended, deltas, end = answer.ended, [], list[Message]()
+        has_ended, deltas, rest = answer.ended, [], list[Message]()
         try:
             deltas = answer.take() if request.stream else []
             if has_ended:
                 parts = [] if request.stream else [_part(number, c) for c in answer.result(0)]
-                end = [*parts, written("answered", number, None)]
+                rest = [*parts, written("answered", number, None)]
         except MetaseqApiError as e:
-            end = [written("failed", number, error_to_plain(e))]
+            rest = [written("failed", number, error_to_plain(e))]
+        if rest:
+            del self._answers[number]
+        if any(d.logprobs is not None and len(d.logprobs.tokens) > FEW for d in deltas):
+            return [lambda: written("told", [[number, [_plain(delta) for delta in deltas]]]), *rest]
         if deltas:
             told.append([number, [_plain(delta) for delta in deltas]])
-        if end:
-            del self._answers[number]
-        return end
+        return rest
 
 
 def _part(number: int, completion: Completion) -> Message:

@@ -97,6 +97,20 @@ def test_a_tokenizer_file_that_is_not_there_is_refused(
     assert f"{flag} (or constants.py) names nowhere.json" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("{% if %}", "must be a Jinja2 template"), (None, "nowhere.jinja cannot be")]
+)
+def test_a_chat_template_that_cannot_be_used_is_refused_before_anything_is_started(
+    door: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, said: str
+) -> None:
+    template = tmp_path / "nowhere.jinja"
+    if text is not None:
+        template.write_text(text)
+    code, err = refused(door, capsys, "--chat-template", str(template), "--port", "0")
+    assert code == 2
+    assert said in err
+
+
 def test_a_port_in_use_is_refused_before_anything_is_started(
     door: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

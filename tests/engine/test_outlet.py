@@ -15,6 +15,7 @@ from support.processes import until
 
 from metaseq_api.core import Delta, Request, SamplingParams
 from metaseq_api.core.line import Line
+from metaseq_api.engine import outlet
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
@@ -93,6 +94,26 @@ def test_a_stream_is_the_same_over_the_line(params: dict[str, object], pair: Pai
         return by_choice
 
     assert told(pair.remote.submit(asked).events()) == told(pair.engine.submit(asked).events())
+
+
+def test_an_echoed_prompt_with_its_scores_is_not_written_down_by_the_engines_thread(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: dict[int, set[str]] = {}
+
+    def plain(delta: Delta) -> list[object]:
+        assert delta.logprobs is not None
+        writers.setdefault(len(delta.logprobs.tokens), set()).add(threading.current_thread().name)
+        return written_down(delta)
+
+    written_down = outlet._plain
+    monkeypatch.setattr(outlet, "_plain", plain)
+    asked = request(tuple(range(5, 45)), stream=True, echo=True, logprobs=3)
+    deltas = list(pair.remote.submit(asked).events())
+    assert "".join(d.text for d in deltas) == pair.engine.submit(asked).result(30)[0].text
+    few = set().union(*(names for num, names in writers.items() if num <= outlet.FEW))
+    many = set().union(*(names for num, names in writers.items() if num > outlet.FEW))
+    assert (many, "line sends" in few, bool(few)) == ({"line sends"}, False, True)
 
 
 def test_what_is_refused_is_refused_by_name(pair: Pair) -> None:

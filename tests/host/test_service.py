@@ -20,8 +20,10 @@ import pytest
 from support.processes import gone, until
 from support.service import DOOR, Service
 
+from metaseq_api.errors import SettingsError
+from metaseq_api.launch.front_end import FrontEnd
 from metaseq_api.launch.terms import AGAIN_S
-from metaseq_api.settings import DEMO
+from metaseq_api.settings import DEMO, Settings
 
 QUESTION = {"prompt": ["Return the", "Raise ValueError if"], "max_tokens": 24, "temperature": 0}
 Start = Callable[..., Service]
@@ -165,12 +167,16 @@ def test_a_front_end_that_is_held_ends_the_job_and_is_named(start: Start) -> Non
     assert any(f"(pid {front.pid}) is stopped, by SIGSTOP or a debugger" in line for line in service.said())
 
 
-def test_a_front_end_that_cannot_begin_ends_the_job_with_its_reason(start: Start, tmp_path: Path) -> None:
+def test_a_front_end_that_cannot_begin_says_why(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% if %}")
-    service = start("--chat-template", str(template), wait=False)
-    assert service.end(60) == 2
-    assert "template" in service.said()[-1], service.lines
+    facts = {"model_name": "demo", "max_seq_len": 512, "vocab_size": 4096}
+    with (
+        FrontEnd(Settings(chat_template=template), socket.create_server(("127.0.0.1", 0)), facts) as front,
+        pytest.raises(SettingsError, match="must be a Jinja2 template"),
+    ):
+        front.serve()
+    assert list(front.line.messages()) == []
 
 
 def test_no_rank_outlives_a_killed_parent(start: Start) -> None:
