@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--no-cuda-graphs", dest="cuda_graphs", action="store_false", default=None, help="on a GPU, run every step anew"
     )
+    add(
+        "--run-ahead",
+        action=argparse.BooleanOptionalAction,
+        help="start a step before the one before is answered (default: on a GPU)",
+    )
     add("--cache-size", type=int, metavar="N", help="answers kept for requests that are asked again (default: 0, none)")
     add("--cache-list-size", type=int, metavar="N", help="of a request that draws at random, answers kept (default: 0)")
     add(

@@ -220,7 +220,8 @@ def load(
             )
     startup.lap("packing")
     cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
-    worker = Worker(model, cache, graphs=settings.cuda_graphs)
+    ahead = settings.run_ahead if settings.run_ahead is not None else ready.device.type == "cuda"
+    worker = Worker(model, cache, graphs=settings.cuda_graphs, max_ahead=settings.max_batch_size if ahead else 0)
     startup.lap("cache")
     worker.prepare(settings.max_batch_size)
     startup.lap("steps")

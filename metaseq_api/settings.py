@@ -55,6 +55,8 @@ class Settings:
     prefix_cache: bool = True
     """Whether prompts that begin alike are computed from where they differ."""
     cuda_graphs: bool = True
+    run_ahead: bool | None = None
+    """Whether a step is started before what the one before drew has been read; None: on a GPU."""
     """Whether a GPU that holds a whole model replays its decode steps as CUDA graphs."""
     cache_size: int = 0
     """Whole answers kept for requests that ask the same again; 0: none."""
@@ -121,6 +123,7 @@ _NAMES: dict[str, str] = {
     "CACHE_TOKENS": "cache_tokens",
     "PREFIX_CACHE": "prefix_cache",
     "CUDA_GRAPHS": "cuda_graphs",
+    "RUN_AHEAD": "run_ahead",
     "CACHE_SIZE": "cache_size",
     "CACHE_LIST_SIZE": "cache_list_size",
     "MAX_QUEUE": "max_queue",
@@ -221,6 +224,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "cache_tokens": _int(1, 1 << 40),
     "prefix_cache": _bool,
     "cuda_graphs": _bool,
+    "run_ahead": _bool,
     "cache_size": _int(0, 1 << 20),
     "cache_list_size": _int(0, 1 << 10),
     "max_queue": _int(1, 1 << 20),

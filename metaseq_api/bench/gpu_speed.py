@@ -36,6 +36,7 @@ from metaseq_api.tokenizer import PAD_ID, Tokenizer, find_files
 Figure = tuple[str, float, str]
 """What, how much, and of what unit."""
 BLOCK = 32
+MAX_BATCH_SIZE = 256
 
 
 def synchronize(device: torch.device) -> None:
@@ -73,7 +74,14 @@ def make_worker(config: ModelConfig, device: torch.device, dtype: torch.dtype, t
     model = OPT(config, context, dtype)
     model.load(DeviceWeights(config, device, dtype))
     cache = KVCache(config, context, dtype, num_blocks=-(-tokens // BLOCK), block_size=BLOCK)
-    return Worker(model, cache, graphs=graphs)
+    return Worker(model, cache, graphs=graphs, max_ahead=MAX_BATCH_SIZE)
+
+
+def in_turn(worker: Worker, max_batch_size: int) -> Worker:
+    """The same model and cache; each step is answered before the next is started."""
+    other = Worker(worker.model, worker.cache)
+    other.prepare(max_batch_size)
+    return other
 
 
 def make_engine(worker: Worker, max_batch_tokens: int = 2048) -> Engine:
@@ -82,7 +90,9 @@ def make_engine(worker: Worker, max_batch_tokens: int = 2048) -> Engine:
         worker=worker,
         channel=Channel(worker.model.context),
         scheduler=Scheduler(
-            BlockPool(cache.num_blocks, cache.block_size), max_batch_tokens=max_batch_tokens, max_batch_size=256
+            BlockPool(cache.num_blocks, cache.block_size),
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=MAX_BATCH_SIZE,
         ),
         tokenizer=Tokenizer.load(*find_files(DEMO, None, None), model_vocab_size=config.vocab_size),
         limits=Limits(max_seq_len=config.max_positions),
@@ -127,18 +137,22 @@ def latency(config: ModelConfig, device: torch.device, dtype: torch.dtype, *, qu
     yield "  of the copy's bandwidth", token_bytes(config, dtype, context) / spent / peak, ""
     yield "  without a graph", step(Worker(worker.model, worker.cache, graphs=False)) * 1e3, "ms"
     engine = make_engine(worker)
-    answer(engine, prompts(1, 128), 4)
 
-    def ask(length: int, num: int, seed: int) -> float:
-        return seconds(lambda: answer(engine, prompts(1, length, seed), num), device)
+    def ask(by: Engine, length: int, num: int, seed: int) -> float:
+        return seconds(lambda: answer(by, prompts(1, length, seed), num), device)
 
-    first = statistics.median(ask(128, 1, seed) for seed in range(1, 4))
-    whole = ask(128, steps, 9)
-    each = (whole - first) / (steps - 1)
+    def ask_short(by: Engine) -> tuple[float, float]:
+        """Seconds to the first token of a prompt of 128, and for each after it."""
+        ask(by, 128, 4, 0)
+        first = statistics.median(ask(by, 128, 1, seed) for seed in range(1, 4))
+        return first, (ask(by, 128, steps, 9) - first) / (steps - 1)
+
+    first, each = ask_short(engine)
     yield "engine: time per token after the first, prompt of 128", each * 1e3, "ms"
     yield "  of the copy's bandwidth", token_bytes(config, dtype, 128 + steps // 2) / each / peak, ""
+    yield "  each step answered before the next", ask_short(make_engine(in_turn(worker, 2)))[1] * 1e3, "ms"
     yield "engine: first token of a prompt of 128", first * 1e3, "ms"
-    long = [ask(length, 1, 20 + i) for i in range(4)]
+    long = [ask(engine, length, 1, 20 + i) for i in range(4)]
     yield f"prefill of {length} tokens", length / statistics.median(long[1:]), "tokens/s"
     yield from _waits(worker, device)
 
@@ -179,6 +193,10 @@ def throughput(
     yield what, num * new / whole, "tokens/s"
     yield "  first tokens of all", first, "s"
     yield "  a decode step", (whole - first) / (new - 1) * 1e3, "ms"
+    engine = make_engine(in_turn(worker, num), max_batch_tokens=8192)
+    answer(engine, prompts(num, prompt_len, 1), 4)
+    whole = seconds(lambda: answer(engine, prompts(num, prompt_len, 3), new), device)
+    yield "  each step answered before the next", num * new / whole, "tokens/s"
 
 
 def rival(

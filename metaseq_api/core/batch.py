@@ -9,6 +9,9 @@ from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+UNKNOWN = -1
+"""A token that has been drawn and not been read yet: the last one of its sequence."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchItem:
@@ -18,12 +21,14 @@ class BatchItem:
     The first `num_prompt` of them are the prompt's, the others were generated. A rank computes the two in two ways, and
     a token always in the same one: so its numbers do not depend on when, or how often, that was done.
 
+    A last token below 0 is one that the step before drew and nobody has read yet: -1 - its row there (`engine.worker`).
+
     `block_ids` are the cache blocks of positions 0 to start + len(token_ids) - 1, in order.
     """
 
     start: int
-    token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
+    token_ids: Seq[int]
+    block_ids: Seq[int]
     num_logits: int
     num_prompt: int
 

@@ -56,6 +56,12 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def is_full(self) -> bool:
+        """Whether it has all the tokens it may have: it is to be finished, and nothing of it to be computed."""
+        return len(self.token_ids) >= self.max_len and self.num_generated > 0
+
+    @property
     def num_uncached(self) -> int:
-        """Tokens whose keys and values are still to be computed; at least 1 while it lives."""
+        """Tokens whose keys and values are still to be computed; at least 1 while it lives, unless it is
+        a prompt that is only scored."""
         return len(self.token_ids) - self.num_cached

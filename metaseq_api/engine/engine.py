@@ -1,8 +1,9 @@
 """Rank 0's engine: the batching thread, which admits requests, has the Scheduler order steps, runs them on every rank,
 samples and answers. Implements core.protocols.EngineProtocol.
 
-The loop is: take what came in; schedule; broadcast; run; sample; apply; answer. Only this thread touches the Scheduler,
-the sequences and the model; others hand it requests and cancellations through a queue.
+The loop is: take what came in; schedule; broadcast; run; sample; apply; answer (`words`). On a GPU a step is started
+before the one before is answered. Only this thread touches the Scheduler, the sequences and the model; others hand it
+requests and cancellations through a queue.
 
 Knows the life of a request. Does not know HTTP, files, or how the processes were started.
 """
@@ -13,12 +14,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 
 import torch
 
-from metaseq_api.core import Delta, FinishReason, Health, Request, Stats
+from metaseq_api.core import Health, Request, Stats
+from metaseq_api.core.batch import UNKNOWN
 from metaseq_api.engine.book import Book
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.deadlines import Deadlines
@@ -27,13 +29,13 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.pulse import Pulse
 from metaseq_api.engine.reading import Reading
 from metaseq_api.engine.results import ResultCache
-from metaseq_api.engine.sampler import Sampler, Scored
+from metaseq_api.engine.sampler import Sampler
 from metaseq_api.engine.ticket import Ticket
-from metaseq_api.engine.track import Track
+from metaseq_api.engine.words import Words
 from metaseq_api.engine.worker import Worker
 from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, NotBegun, Overloaded, RequestError
 from metaseq_api.scheduling.scheduler import Scheduler, Step
-from metaseq_api.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from metaseq_api.tokenizer import PAD_ID, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()
         self._book = Book(tokenizer)
-        self._told: set[Ticket] = set()
+        self._words = Words(self._book, scheduler, self.stats, results, self._drop)
+        self._unread: Reading | None = None
         self._after_turn: Callable[[], None] = lambda: None
         self._deadlines = Deadlines()
         self._num_queued = 0
@@ -202,7 +205,7 @@ class Engine:
             self._run_out(ticket)
         self._notify()  # of echoes, before the step
         step = self._scheduler.schedule()
-        if step is not None:
+        if step is not None or self._unread is not None:
             with torch.inference_mode(), self._pulse.beating():
                 self._run(step)
         self._notify()
@@ -211,7 +214,7 @@ class Engine:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
         if time.monotonic() - self._channel.last_heard >= self._heartbeat_s:
             self._channel.send_heartbeat()  # requests may have come that needed no step
-        idle = not self._book
+        idle = not self._book and self._unread is None
         if idle:
             self._scheduler.check_idle()
         while True:
@@ -238,79 +241,76 @@ class Engine:
             self.stats.arrive(track.seq.seq_id, ticket.arrived)
         for track in tracks:
             if request.params.max_tokens == 0 and not request.params.scores_prompt:
-                self._answer(track)  # an echo: nothing to compute
+                self._words.end(track)  # an echo: nothing to compute
                 continue
             self._book.compute(track)
             self._scheduler.add(track.seq)
             if track.teller is not None and request.params.logprobs is None:
-                self._tell(track, track.teller.tell())  # an echo
+                self._words.tell(track, track.teller.tell())  # an echo
 
-    def _run(self, step: Step) -> None:
-        """One step on all ranks, from the order to the answers."""
-        began = time.monotonic()
+    def _run(self, step: Step | None) -> None:
+        """Start a step on all ranks, and see to the one before; where nothing runs ahead, to this one too.
+
+        On a GPU, what the step before drew is read, written down and told while this one runs; its order names those
+        tokens by their rows. So a sequence that they end has been started once more, for nothing.
+        """
+        before, self._unread = self._unread, None
+        if step is None:
+            assert before is not None
+            self._see_to(before)
+            return
+        read = Reading(step, self._book, self._sampler, time.monotonic())
+        if before is not None:
+            step.refer_to(before.drawn)
         self._channel.send_batch(step.batch)
-        read = Reading(step, self._book, self._sampler)
-        for logits in self._worker.run(step.batch):
-            assert logits is not None
+        parts = self._worker.run(step.batch)
+        logits = next(parts, None)
+        if before is not None:
+            self._see_to(before)
+            self._notify()
+        while logits is not None:
             read.take(logits)
-        self._note(step, read.tokens, began)
-        self._scheduler.apply(step, {i: s.token_id for i, s in read.tokens.items() if s is not None})
+            logits = next(parts, None)
+        self._worker.keep(step.batch, read.chosen)
+        self._scheduler.apply(step, dict.fromkeys(read.drawn, UNKNOWN))
+        if self._worker.runs_ahead:
+            self._unread = read
+        else:
+            self._see_to(read)
+
+    def _see_to(self, read: Reading) -> None:
+        """Read what a step drew, and answer. Waits for a GPU."""
+        drawn = {i: scored for i, scored in read.tokens().items() if self._book.find(i) is not None}
+        self._note(read, drawn)
+        tokens = {i: scored for i, scored in drawn.items() if scored is not None}
+        for seq_id, scored in tokens.items():
+            self._book[seq_id].seq.token_ids[-1] = scored.token_id
         for ticket in read.unsound:
             self._give_up(ticket)
-        for seq_id, scored in read.tokens.items():
-            track = self._book.find(seq_id)
-            if track is not None and scored is not None:
-                track.take(scored, EOS_ID)
-                if track.reason is not None:
-                    self._answer(track)
-                elif track.teller is not None:
-                    self._tell(track, track.teller.tell())
-        for seq in step.sequences:
+        self._words.add(tokens)
+        for seq in read.step.sequences:
             scored_only = self._book.find(seq.seq_id) if seq.params.max_tokens == 0 else None
             if scored_only is not None and seq.num_cached == seq.prompt_len:
-                self._answer(scored_only)
+                self._words.end(scored_only)
 
-    def _note(self, step: Step, tokens: dict[int, Scored | None], began: float) -> None:
-        """Every rank has done its part of a step."""
+    def _note(self, read: Reading, drawn: Collection[int]) -> None:
+        """Every rank has done its part of a step, in which tokens of these sequences were drawn."""
         now = time.monotonic()
         self._channel.note_all(now)
-        num_tokens = sum(item.num_tokens for item in step.batch.items)
-        self.stats.step([seq.seq_id for seq in step.sequences], num_tokens, tokens, began=began, now=now)
+        fed = [seq.seq_id for seq in read.step.sequences]
+        self.stats.step(fed, read.step.batch.num_tokens, drawn, began=read.began, now=now)
         scheduler = self._scheduler
         self.stats.num_preemptions = scheduler.num_preemptions
         self.stats.prefix_queries = scheduler.prefix_queries_tokens
         self.stats.prefix_hits = scheduler.prefix_hits_tokens
 
-    def _answer(self, track: Track) -> None:
-        """A sample is done: hand it over, and forget the request when it was the last."""
-        self._scheduler.finish(track.seq)
-        self._book.drop(track)
-        track.reason = track.reason or FinishReason.LENGTH
-        self.stats.finish(track.seq.seq_id, track.reason.value, time.monotonic())
-        completion = track.completion(self._book.leader(track))
-        if track.teller is not None:
-            self._tell(track, track.teller.tell_rest(completion))
-        whole = track.ticket.add(completion)
-        if whole is not None:
-            if self._results is not None:  # before it is handed over: it may be asked for again at once
-                self._results.add(track.ticket.request, whole)
-            track.ticket.end(whole)
-            self._told.add(track.ticket)
-            self._drop(track.ticket)
-
-    def _tell(self, track: Track, delta: Delta | None) -> None:
-        if delta is not None:
-            track.ticket.push(delta)
-            self._told.add(track.ticket)
-
     def _notify(self) -> None:
-        """Wake those that stream, when nothing of this turn is left to do: they compete for the interpreter."""
-        for ticket in self._told:
-            ticket.notify()
-        self._told.clear()
+        self._words.notify()
         self._after_turn()
 
     def _give_up(self, ticket: Ticket) -> None:
+        if ticket not in self._book:  # cancelled meanwhile
+            return
         log.error("request %s: the model's logits are not numbers", ticket.request.request_id)
         ticket.fail(MetaseqApiError("the model computed values that are not numbers for this prompt"))
         for track in self._book.of(ticket):

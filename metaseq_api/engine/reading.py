@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaseq_api.core import Sequence
 from metaseq_api.engine.book import Book
-from metaseq_api.engine.sampler import Sampler, Scored
+from metaseq_api.engine.sampler import Drawn, Sampler, Scored
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.scheduling.scheduler import Step
 
@@ -20,16 +20,22 @@ Row = tuple[Sequence, int]
 
 
 class Reading:
-    """One step's. `tokens` by seq_id, None where the logits are not numbers; `unsound`: requests to be given up."""
+    """One step's, which began at `began`: `take` its logits as they come, then read its `tokens`.
 
-    def __init__(self, step: Step, book: Book, sampler: Sampler) -> None:
+    What is drawn stays on its device until it is read; `drawn` says in which row whose token is (by seq_id). A sequence
+    that has ended meanwhile has none. `unsound`: requests to be given up, whose logits are not numbers.
+    """
+
+    def __init__(self, step: Step, book: Book, sampler: Sampler, began: float) -> None:
+        self.step, self.began = step, began
         self._book, self._sampler = book, sampler
         self._rows: list[Row] = [
             (seq, position)
             for seq, item in zip(step.sequences, step.batch.items, strict=True)
             for position in range(item.context_len - item.num_logits, item.context_len)
         ]
-        self.tokens: dict[int, Scored | None] = {}
+        self._parts: list[Drawn] = []
+        self.drawn: dict[int, int] = {}
         self.unsound: set[Ticket] = set()
 
     def take(self, logits: Tensor) -> None:
@@ -38,6 +44,19 @@ class Reading:
         self._score_prompts(logits, here)
         self._sample(logits, here)
 
+    @property
+    def chosen(self) -> list[Tensor]:
+        """The tokens that were drawn, on their device. Shapes: [R] together."""
+        return [part.chosen_R for part in self._parts]
+
+    def tokens(self) -> dict[int, Scored | None]:
+        """The tokens that were drawn, by seq_id; None where the logits are not numbers. Waits for a GPU."""
+        tokens = dict(zip(self.drawn, (scored for part in self._parts for scored in part.read()), strict=True))
+        for seq_id, scored in tokens.items():
+            if scored is None and (track := self._book.find(seq_id)) is not None:
+                self.unsound.add(track.ticket)
+        return tokens
+
     def _score_prompts(self, logits: Tensor, rows: list[Row]) -> None:
         """Note the log-probabilities of prompt tokens: the row at position i scores the token at i + 1."""
         by_seq: dict[int, list[int]] = {}
@@ -45,7 +64,9 @@ class Reading:
             if seq.scores_prompt and position + 1 < seq.prompt_len:
                 by_seq.setdefault(seq.seq_id, []).append(at)
         for seq_id, ats in by_seq.items():
-            track, seq = self._book[seq_id], rows[ats[0]][0]
+            track, seq = self._book.find(seq_id), rows[ats[0]][0]
+            if track is None:
+                continue
             targets = [seq.token_ids[rows[at][1] + 1] for at in ats]
             chosen = logits if len(ats) == len(logits) else logits[ats]
             for at, scored in zip(ats, self._sampler.score(chosen, targets, seq.params), strict=True):
@@ -54,12 +75,16 @@ class Reading:
                     self.unsound.add(track.ticket)
 
     def _sample(self, logits: Tensor, rows: list[Row]) -> None:
-        ats = [at for at, (seq, i) in enumerate(rows) if i + 1 == len(seq.token_ids) and seq.params.max_tokens]
+        ats, tracks = [], []
+        for at, (seq, i) in enumerate(rows):
+            if i + 1 == len(seq.token_ids) and seq.params.max_tokens:
+                track = self._book.find(seq.seq_id)
+                if track is not None:
+                    ats.append(at)
+                    tracks.append(track)
         if not ats:
             return
         chosen = logits if len(ats) == len(logits) else logits[ats]
-        tracks = [self._book[rows[at][0].seq_id] for at in ats]
-        for track, scored in zip(tracks, self._sampler.sample(chosen, [t.row() for t in tracks]), strict=True):
-            self.tokens[track.seq.seq_id] = scored
-            if scored is None:
-                self.unsound.add(track.ticket)
+        self._parts.append(self._sampler.draw(chosen, [t.row() for t in tracks]))
+        for track in tracks:
+            self.drawn[track.seq.seq_id] = len(self.drawn)

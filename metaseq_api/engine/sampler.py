@@ -11,6 +11,7 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -52,6 +53,14 @@ class Scored:
     rank: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Tokens on their device, [R]; `read` waits for them, and None is a row whose logits are not numbers."""
+
+    chosen_R: Tensor
+    read: Callable[[], list[Scored | None]]
+
+
 class Sampler:
     """Forbids `banned` ids (padding) and all from `num_tokens` on (rows that pad the vocabulary). One that `spends` may
     overwrite the logits it samples from: 32 rows of 50272 are 6 MB to copy."""
@@ -62,6 +71,10 @@ class Sampler:
 
     def sample(self, logits_RV: Tensor, rows: Seq[Row]) -> list[Scored | None]:
         """Choose a token for each row; None for a row whose logits are not numbers."""
+        return self.draw(logits_RV, rows).read()
+
+    def draw(self, logits_RV: Tensor, rows: Seq[Row]) -> Drawn:
+        """The same, without waiting for a GPU (but where top_p cuts)."""
         device, heat = logits_RV.device, [_heat(r.params) for r in rows]
         raw_RV = _tempered(logits_RV, heat)
         scores_RV, asked = raw_RV[:, : self._num_tokens], [_num_asked(r.params) for r in rows]
@@ -81,15 +94,21 @@ class Sampler:
             drawn_RV = scores_RV if len(drawn) == len(rows) else scores_RV.index_select(0, at)
             chosen_R.index_copy_(0, at, _draw(drawn_RV, [rows[i] for i in drawn]))
         # max passes NaN on, and -inf means that nothing was left to choose
-        scored, sound = _score(raw_RV, chosen_R, asked, beside_R=best_R.isfinite())
-        return [s if ok else None for s, ok in zip(scored, sound, strict=True)]
+        table = _table(raw_RV, chosen_R, asked, beside_R=best_R.isfinite())
+
+        def read() -> list[Scored | None]:
+            scored, sound = _read(table, asked)
+            return [s if ok else None for s, ok in zip(scored, sound, strict=True)]
+
+        return Drawn(chosen_R=chosen_R, read=read)
 
     def score(self, logits_RV: Tensor, tokens: Seq[int], params: SamplingParams) -> list[Scored]:
         """Log-probabilities of given tokens, one a row (a prompt's)."""
         raw_RV = _tempered(logits_RV, [_heat(params)] * len(tokens))
         most = max(params.logprobs or 0 if params.echo else 0, params.prompt_logprobs or 0)
         chosen_R = put(list(tokens), logits_RV.device, torch.long)
-        return _score(raw_RV, chosen_R, [most] * len(tokens), ranked=params.prompt_logprobs is not None)[0]
+        asked, ranked = [most] * len(tokens), params.prompt_logprobs is not None
+        return _read(_table(raw_RV, chosen_R, asked, ranked=ranked), asked, ranked=ranked)[0]
 
 
 def _num_asked(params: SamplingParams) -> int | None:
@@ -97,24 +116,30 @@ def _num_asked(params: SamplingParams) -> int | None:
     return params.logprobs if params.num_samples == params.n else params.logprobs or 0
 
 
-def _score(
+def _table(
     raw_RV: Tensor, chosen_R: Tensor, asked: Seq[int | None], *, ranked: bool = False, beside_R: Tensor | None = None
-) -> tuple[list[Scored], list[float]]:
-    """The chosen tokens with what was asked of each, and `beside_R`'s numbers: all of it leaves a GPU in one copy."""
+) -> Tensor:
+    """The chosen tokens, `beside_R`'s numbers, and what was asked of each: all of it leaves a GPU in one copy.
+
+    Shapes: -> [R, 2], or with what was asked [R, 3 + ranked + 2 K], K being the most alternatives that anybody wants.
+    """
     columns = [chosen_R[:, None], chosen_R[:, None] if beside_R is None else beside_R[:, None]]
-    wanted = [i for i, k in enumerate(asked) if k is not None]
-    most = min(max((k for k in asked if k is not None), default=0), raw_RV.shape[1])
-    if wanted:
-        everyone = len(wanted) == len(asked)
+    if wanted := [i for i, k in enumerate(asked) if k is not None]:
+        most, everyone = min(max(asked[i] or 0 for i in wanted), raw_RV.shape[1]), len(wanted) == len(asked)
         at = put(wanted, raw_RV.device, torch.long)
         logprobs = (raw_RV if everyone else raw_RV.index_select(0, at)).log_softmax(-1)
         own_R1 = logprobs.gather(1, (chosen_R if everyone else chosen_R.index_select(0, at))[:, None])
         found = [own_R1, (logprobs > own_R1).sum(-1, keepdim=True) + 1] if ranked else [own_R1]
         found += logprobs.topk(most) if most else ()
         columns += [x if everyone else x.new_zeros(len(asked), x.shape[1]).index_copy_(0, at, x) for x in found]
-    table = torch.cat([c.double() for c in columns], 1).tolist()  # 53 bits hold an id and an fp32 number alike
-    scored = []
-    for k, (token, _, *more) in zip(asked, table, strict=True):
+    return torch.cat([c.double() for c in columns], 1)  # 53 bits hold an id and an fp32 number alike
+
+
+def _read(table: Tensor, asked: Seq[int | None], *, ranked: bool = False) -> tuple[list[Scored], list[float]]:
+    """A `_table`'s rows, and the numbers that lay beside them."""
+    rows = table.tolist()
+    most, scored = (table.shape[1] - 3 - ranked) // 2, []
+    for k, (token, _, *more) in zip(asked, rows, strict=True):
         own, tops = (more[0], more[1 + ranked :]) if k is not None else (None, [])
         ids = map(int, tops[most:])
         scored.append(
@@ -125,7 +150,7 @@ def _score(
                 rank=int(more[1]) if ranked and k is not None else None,
             )
         )
-    return scored, [row[1] for row in table]
+    return scored, [row[1] for row in rows]
 
 
 def _heat(params: SamplingParams) -> float:

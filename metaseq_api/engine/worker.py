@@ -1,8 +1,13 @@
-"""One rank: its slice of the model and its KV cache. Runs what it is told; knows no request and samples nothing."""
+"""One rank: its slice of the model and its KV cache. Runs what it is told; knows no request and samples nothing.
+
+On a GPU the driver may run ahead: it gives the order for a step before it has read what the step before drew. Such
+tokens stay on the device, every rank having them, and an order names them by their rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +15,7 @@ from torch import Tensor
 from metaseq_api.core import Batch
 from metaseq_api.engine.channel import Channel, Order
 from metaseq_api.model.cache import KVCache
-from metaseq_api.model.decode_step import DecodeSteps
+from metaseq_api.model.decode_step import DecodeSteps, known
 from metaseq_api.model.opt import OPT
 from metaseq_api.model.paths import decode_kernel, plan
 
@@ -19,15 +24,23 @@ LOGIT_ROWS = 256
 
 
 class Worker:
-    """One rank's model and cache. With `graphs`, a GPU that holds a whole model replays its decode steps."""
+    """One rank's model and cache. With `graphs`, a GPU that holds a whole model replays its decode steps.
 
-    def __init__(self, model: OPT, cache: KVCache, *, graphs: bool = True) -> None:
+    max_ahead: how many tokens the driver may leave unread; 0: none, it waits for each step.
+    """
+
+    def __init__(self, model: OPT, cache: KVCache, *, graphs: bool = True, max_ahead: int = 0) -> None:
         self.model = model
         self.cache = cache
+        self._drawn = torch.zeros(max_ahead, dtype=torch.int32, device=model.context.device) if max_ahead else None
         self._kernel = decode_kernel(model.context.device)
         self._decode: DecodeSteps | None = None
         if graphs and self._kernel is not None and model.context.tensor_size == 1:
-            self._decode = DecodeSteps(model, cache, self._kernel)
+            self._decode = DecodeSteps(model, cache, self._kernel, self._drawn)
+
+    @property
+    def runs_ahead(self) -> bool:
+        return self._drawn is not None
 
     def prepare(self, max_batch_size: int) -> None:
         """Make now what steps of up to so many sequences would otherwise wait for."""
@@ -43,9 +56,21 @@ class Worker:
         if self._decode is not None and self._decode.takes(batch):
             yield self._decode.run(batch)
             return
-        hidden_RE = self.model(plan(batch, self.cache, self.model.context.device, self._kernel), self.cache)
+        step = plan(batch, self.cache, self.model.context.device, self._kernel)
+        if self._drawn is not None and any(i.token_ids[-1] < 0 for i in batch.items):
+            step = replace(step, token_ids_T=known(step.token_ids_T, self._drawn))
+        hidden_RE = self.model(step, self.cache)
         for rows in hidden_RE.split(LOGIT_ROWS) if len(hidden_RE) else ():
             yield self.model.logits(rows)
+
+    def keep(self, batch: Batch, chosen: Sequence[Tensor] = ()) -> None:
+        """Have every rank keep what the driver drew from a step's logits, for the next step to be fed. Shapes: [R]."""
+        if self._drawn is None or not any(i.num_logits for i in batch.items):
+            return
+        if chosen:
+            tokens = chosen[0] if len(chosen) == 1 else torch.cat(list(chosen))
+            self._drawn[: len(tokens)].copy_(tokens)
+        self.model.context.spread(self._drawn)
 
 
 def follow(worker: Worker, channel: Channel) -> None:
@@ -58,3 +83,4 @@ def follow(worker: Worker, channel: Channel) -> None:
             if batch is not None:
                 for _ in worker.run(batch):
                     pass
+                worker.keep(batch)

@@ -42,11 +42,18 @@ def ladder(largest: int) -> list[int]:
     return sizes
 
 
+def known(token_ids_T: Tensor, drawn: Tensor) -> Tensor:
+    """Tokens to be fed, those below 0 (-1 - row) taken from what the step before drew."""
+    return torch.where(token_ids_T < 0, drawn[(-1 - token_ids_T).clamp(min=0)].to(token_ids_T.dtype), token_ids_T)
+
+
 class DecodeStep:
     """One size: its input buffer, the plan that points into it, and what replays it."""
 
-    def __init__(self, model: OPT, cache: KVCache, attention: DecodeAttention, size: int) -> None:
-        self.model, self.cache, self.size = model, cache, size
+    def __init__(
+        self, model: OPT, cache: KVCache, attention: DecodeAttention, size: int, drawn: Tensor | None = None
+    ) -> None:
+        self.model, self.cache, self.size, self._drawn = model, cache, size, drawn
         self.width = -(-model.config.max_positions // cache.block_size)
         device = model.context.device
         self._inputs = torch.zeros(size * (3 + self.width), dtype=torch.int32, device=device)
@@ -60,6 +67,8 @@ class DecodeStep:
         self._logits_BV: Tensor | None = None
 
     def _forward(self) -> Tensor:
+        if self._drawn is not None:
+            self.plan.token_ids_T.copy_(known(self.plan.token_ids_T, self._drawn))
         logits = self.model.logits(self.model(self.plan, self.cache))
         assert logits is not None
         return logits
@@ -101,11 +110,23 @@ class DecodeStep:
 
 
 class DecodeSteps:
-    """The ladder of sizes over one model and cache, each made when it is first needed, or all at once."""
+    """The ladder of sizes over one model and cache, each made when it is first needed, or all at once.
 
-    def __init__(self, model: OPT, cache: KVCache, attention: DecodeAttention, *, capture: bool = True) -> None:
+    drawn: where the tokens lie that the step before drew, if they need not be known here.
+    """
+
+    def __init__(
+        self,
+        model: OPT,
+        cache: KVCache,
+        attention: DecodeAttention,
+        drawn: Tensor | None = None,
+        *,
+        capture: bool = True,
+    ) -> None:
         assert model.context.tensor_size == 1
         self._model, self._cache, self._attention, self._capture = model, cache, attention, capture
+        self._drawn = drawn
         self._steps: dict[int, DecodeStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
@@ -127,7 +148,7 @@ class DecodeSteps:
     def _step(self, size: int) -> DecodeStep:
         step = self._steps.get(size)
         if step is None:
-            step = DecodeStep(self._model, self._cache, self._attention, size)
+            step = DecodeStep(self._model, self._cache, self._attention, size, self._drawn)
             if self._capture:
                 step.capture(self._pool)
             self._steps[size] = step

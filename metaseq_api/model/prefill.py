@@ -16,6 +16,7 @@ N blocks, S tokens of a block, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Prefill:
 
 
 def plan_prefill(
-    *, begin: int, end: int, start: int, block_ids: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    *, begin: int, end: int, start: int, block_ids: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Prefill:
     """Work out, once for all layers, where a prompt's tokens may look."""
     context = start + end - begin

@@ -67,6 +67,11 @@ class ParallelContext:
         dist.gather(x, parts, dst=0, group=self.group)
         return parts
 
+    def spread(self, x: torch.Tensor) -> None:
+        """Overwrite every rank's `x` (one shape) with the driver's."""
+        if self.tensor_size > 1:
+            dist.broadcast(x, src=0, group=self.group)
+
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers, on all of them."""
         if self.tensor_size == 1:

@@ -18,9 +18,11 @@ Does not know tensors, text, sampling, or time.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metaseq_api.core import Batch, BatchItem, Sequence, Status
+from metaseq_api.core.batch import UNKNOWN
 from metaseq_api.scheduling.blocks import BlockPool, block_key
 from metaseq_api.scheduling.fair import FairQueue
 
@@ -31,6 +33,13 @@ class Step:
 
     batch: Batch
     sequences: tuple[Sequence, ...]
+
+    def refer_to(self, drawn: Mapping[int, int]) -> None:
+        """Name tokens that are not known yet by their rows in what the step before drew, by seq_id."""
+        for seq, item in zip(self.sequences, self.batch.items, strict=True):
+            if item.token_ids[-1] == UNKNOWN:
+                assert isinstance(item.token_ids, list)
+                item.token_ids[-1] = -1 - drawn[seq.seq_id]
 
 
 class Scheduler:
@@ -86,10 +95,13 @@ class Scheduler:
         self.pool.forget(seq.block_keys)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when there is nothing to do. A step that was scheduled must be run and applied."""
+        """The next step, or None when there is nothing to do. A step that was scheduled must be run and applied.
+
+        A sequence's last token need not be known yet (`UNKNOWN`): a GPU feeds what it drew itself.
+        """
         items: list[tuple[Sequence, int]] = []
         budget = self._max_tokens
-        for seq in [s for s in self._running if s.num_uncached == 1]:
+        for seq in [s for s in self._running if s.num_uncached == 1 and not s.is_full]:
             if budget and self._grow(seq, 1):
                 items.append((seq, 1))
                 budget -= 1
@@ -106,7 +118,8 @@ class Scheduler:
                 break
             budget -= self._take(first, budget, items)
         if not items:
-            assert not self._running, "running sequences but no step: the pool is too small for the oldest"
+            left = [s for s in self._running if s.num_uncached and not s.is_full]
+            assert not left, "running sequences but no step: the pool is too small for the oldest"
             return None
         return Step(
             batch=Batch(items=tuple(self._item(seq, num) for seq, num in items)),
@@ -273,8 +286,8 @@ class Scheduler:
         scoring = seq.scores_prompt and start < seq.prompt_len - 1
         return BatchItem(
             start=start,
-            token_ids=tuple(seq.token_ids[start:stop]),
-            block_ids=tuple(seq.block_ids[: self.pool.blocks_for(stop)]),
+            token_ids=seq.token_ids[start:stop],
+            block_ids=seq.block_ids[: self.pool.blocks_for(stop)],
             num_logits=num if scoring else int(ends),
             num_prompt=min(max(seq.prompt_len - start, 0), num),
         )

@@ -18,9 +18,9 @@ from metaseq_api.engine.engine import Engine
 from metaseq_api.errors import EngineStopped, MetaseqApiError, Overloaded, RequestError
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with running_engine(tmp_path) as e:
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with running_engine(tmp_path, ahead=request.param) as e:
         yield e
 
 
@@ -92,6 +92,7 @@ def plain(completions: list[Completion]) -> list[object]:
     ]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize(
     "engine_options",
     [
@@ -103,17 +104,20 @@ def plain(completions: list[Completion]) -> list[object]:
     ],
     ids=["roomy", "small chunks", "full pool", "few at once", "blocks of one"],
 )
-def test_a_mixed_load_answers_as_each_request_alone(tmp_path: Path, engine_options: dict[str, int]) -> None:
+def test_a_mixed_load_answers_as_each_request_alone(
+    tmp_path: Path, engine_options: dict[str, int], ahead: bool
+) -> None:
     with running_engine(tmp_path) as alone:
         want = [plain(alone.submit(r).result(30)) for r in mixed_load()]
-    with running_engine(tmp_path, **engine_options) as crowded:
+    with running_engine(tmp_path, ahead=ahead, **engine_options) as crowded:
         tickets = [crowded.submit(r) for r in mixed_load()]
         got = [plain(t.result(60)) for t in tickets]
     assert got == want
 
 
-def test_a_full_pool_preempts_and_nobody_fails(tmp_path: Path) -> None:
-    with running_engine(tmp_path, num_blocks=14) as engine:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_a_full_pool_preempts_and_nobody_fails(tmp_path: Path, ahead: bool) -> None:
+    with running_engine(tmp_path, num_blocks=14, ahead=ahead) as engine:
         tracks = []
         original = engine._scheduler._preempt
         engine._scheduler._preempt = lambda seq: (tracks.append(seq), original(seq))[1]  # type: ignore[method-assign]
@@ -298,7 +302,7 @@ def test_stopping_answers_everybody(tmp_path: Path) -> None:
 def test_logits_that_are_not_numbers_fail_one_request_alone(engine: Engine) -> None:
     import metaseq_api.engine.sampler as sampler_module
 
-    original = sampler_module.Sampler.sample
+    original = sampler_module.Sampler.draw
 
     def poisoned(self, logits_RV, rows):  # type: ignore[no-untyped-def]
         for i, r in enumerate(rows):
@@ -306,7 +310,7 @@ def test_logits_that_are_not_numbers_fail_one_request_alone(engine: Engine) -> N
                 logits_RV[i] = torch.nan
         return original(self, logits_RV, rows)
 
-    engine._sampler.sample = poisoned.__get__(engine._sampler)  # type: ignore[method-assign]
+    engine._sampler.draw = poisoned.__get__(engine._sampler)  # type: ignore[method-assign]
     bad = engine.submit(request(prompt(5), max_tokens=20, seed=666, ignore_eos=True))
     good = engine.submit(request(prompt(6), max_tokens=20, temperature=0, ignore_eos=True))
     with pytest.raises(MetaseqApiError, match="not numbers"):

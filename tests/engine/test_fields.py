@@ -61,18 +61,21 @@ def load(num: int) -> list[Request]:
     ]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_blocks": 14, "max_batch_tokens": 20}, {"max_batch_size": 5, "max_batch_tokens": 7}],
     ids=["roomy", "full pool", "few at once in small chunks"],
 )
-def test_the_same_seed_gives_the_same_text_whatever_else_runs(tmp_path: Path, options: dict[str, int]) -> None:
+def test_the_same_seed_gives_the_same_text_whatever_else_runs(
+    tmp_path: Path, options: dict[str, int], ahead: bool
+) -> None:
     requests = load(2 * len(FIELDS))
     with running_engine(tmp_path) as quiet:
         want = [[(c.token_ids, c.finish_reason) for c in quiet.submit(r).result(30)] for r in requests]
     order = list(range(len(requests)))
     random.Random(3).shuffle(order)
-    with running_engine(tmp_path, **options) as busy:
+    with running_engine(tmp_path, ahead=ahead, **options) as busy:
         noise = [busy.submit(request(prompt(20, 99 + i), max_tokens=40, n=2)) for i in range(4)]  # unseeded
         tickets = {i: busy.submit(requests[i]) for i in order}
         got = [[(c.token_ids, c.finish_reason) for c in tickets[i].result(60)] for i in range(len(requests))]

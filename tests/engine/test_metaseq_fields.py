@@ -128,7 +128,7 @@ def test_a_reward_that_metaseq_ignores_is_refused_and_one_it_applies_is_not(low:
 def test_the_engine_draws_each_token_with_the_top_p_of_its_own_text(engine: Engine) -> None:
     """Two samples of one prompt and a stranger share the steps; each one's top_p follows its own full stops."""
     seen: dict[int, list[float]] = {}
-    original = engine._sampler.sample
+    original = engine._sampler.draw
 
     def watched(logits_RV, rows):  # type: ignore[no-untyped-def]
         for r in rows:
@@ -136,7 +136,7 @@ def test_the_engine_draws_each_token_with_the_top_p_of_its_own_text(engine: Engi
                 seen.setdefault(id(r.adjustment), []).append(r.top_p)
         return original(logits_RV, rows)
 
-    engine._sampler.sample = watched  # type: ignore[method-assign]
+    engine._sampler.draw = watched  # type: ignore[method-assign]
     tokenizer = engine._tokenizer
     ends = {tokenizer.encode(mark)[0] for mark in ".?!"}
     stranger = engine.submit(

@@ -28,8 +28,8 @@ FRAGMENTS = ("the", " ", "e", "t", "th", "\u20ac", "\u20ac\u00e9", "\U0001f600",
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with running_engine(tmp_path) as e:
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with running_engine(tmp_path, ahead=getattr(request, "param", False)) as e:
         yield e
 
 
@@ -116,6 +116,7 @@ def some_prompt(r: random.Random, engine: Engine) -> tuple[int, ...]:
     return tuple([2] * (r.random() < 0.2) + ids[: r.randrange(len(ids) + 1)])
 
 
+@pytest.mark.parametrize("engine", [False, True], indirect=True, ids=["in turn", "ahead"])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_stream_joined_is_the_answer_whatever_was_asked(engine: Engine, seed: int) -> None:
     r = random.Random(seed)
@@ -185,12 +186,15 @@ def script(engine: Engine, *pieces: bytes) -> None:
     """Have the sampler choose these tokens, one a step, and then the last one for ever. Bytes are tokens."""
     by_bytes = {engine._tokenizer.token_bytes(i): i for i in range(4, 263)}
     ids = iter([by_bytes[piece] for piece in pieces])
-    original, last = engine._sampler.sample, by_bytes[b"z"]
+    original, last = engine._sampler.draw, by_bytes[b"z"]
 
-    def sample(logits, rows):  # type: ignore[no-untyped-def]
-        return [s and dataclasses.replace(s, token_id=next(ids, last)) for s in original(logits, rows)]
+    def draw(logits, rows):  # type: ignore[no-untyped-def]
+        drawn = original(logits, rows)
+        return dataclasses.replace(
+            drawn, read=lambda: [s and dataclasses.replace(s, token_id=next(ids, last)) for s in drawn.read()]
+        )
 
-    engine._sampler.sample = sample  # type: ignore[method-assign]
+    engine._sampler.draw = draw  # type: ignore[method-assign]
 
 
 def test_each_token_is_told_in_its_own_step(engine: Engine, steps: Steps) -> None:

@@ -95,6 +95,16 @@ def test_any_files_at_any_tensor_parallel_size_give_one_answer(
     assert service.end(5) == 0
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_that_are_started_ahead_give_the_same_answer(ranks: int, want: list[str], start: Start) -> None:
+    """As on a GPU, every rank being fed what rank 0 drew and has not read yet."""
+    service = start("--model-parallel", str(ranks), "--run-ahead")
+    assert service.texts(**QUESTION) == want
+    assert service.texts(**QUESTION, stop="e", n=2) == service.texts(**QUESTION, stop="e", n=2)
+    service.process.send_signal(signal.SIGINT)
+    assert service.end(5) == 0
+
+
 def test_a_service_tells_how_long_it_took_and_where_that_went(start: Start) -> None:
     service = start()
     told = next(m for line in service.lines if (m := re.search(r"ready after ([\d.]+) s: (.*)", line)))

@@ -111,6 +111,21 @@ def test_a_decode_step_of_fixed_buffers_gives_what_the_plain_way_gives(variant: 
         fixed.expect(found[None], ids)
 
 
+def test_a_decode_step_is_fed_what_was_drawn_though_nobody_has_read_it() -> None:
+    fixed = Model()
+    drawn = torch.tensor([11, 50, 7, 0], dtype=torch.int32)
+    steps = DecodeSteps(fixed.model, fixed.cache, reference.decode_attention, drawn, capture=False)
+    sequences = [(tokens(9 + i, i), [4 * i, 4 * i + 1]) for i in range(3)]
+    for ids, blocks in sequences:
+        fixed.paged((ids, 0, blocks))
+    for fed, meant in (((-1, 60, -2), (11, 60, 50)), ((-3, -3, 9), (7, 7, 9))):
+        batch = fixed.batch(*[([*ids, t], len(ids), blocks) for (ids, blocks), t in zip(sequences, fed, strict=True)])
+        found = steps.run(batch)
+        sequences = [([*ids, t], blocks) for (ids, blocks), t in zip(sequences, meant, strict=True)]
+        for row, (ids, _) in zip(found, sequences, strict=True):
+            fixed.expect(row[None], ids)
+
+
 def test_rows_that_pad_a_decode_step_touch_no_cache_though_a_larger_step_ran_before() -> None:
     ours = Model()
     step = DecodeStep(ours.model, ours.cache, reference.decode_attention, 4)

@@ -345,7 +345,7 @@ class Contents:
     def run(self, step: Step) -> None:
         """Write what a step feeds, and prove that it reads what its own tokens would have written."""
         written: set[tuple[int, int]] = set()
-        texts = [tuple(q.token_ids) for q in step.sequences]
+        texts = [list(q.token_ids) for q in step.sequences]
         for item, text in zip(step.batch.items, texts, strict=True):
             assert item.token_ids == text[item.start : item.context_len]
             assert len(item.block_ids) == -(-item.context_len // 4)

@@ -45,8 +45,12 @@ def running_engine(
     dtype: torch.dtype = torch.float32,
     prefix_cache: bool = True,
     results: ResultCache | None = None,
+    ahead: bool = False,
 ) -> Iterator[Engine]:
-    """Start an engine; at the end prove that it is idle, whole, and leaked no block."""
+    """Start an engine, which with `ahead` takes its steps as on a GPU.
+
+    At the end prove that it is idle, whole, and leaked no block.
+    """
     hf = tiny_model()
     config, context = config_of(hf), context or ParallelContext()
     model = OPT(config, context, dtype)
@@ -59,7 +63,7 @@ def running_engine(
         prefix_cache=prefix_cache,
     )
     engine = Engine(
-        worker=Worker(model, cache),
+        worker=Worker(model, cache, max_ahead=max_batch_size if ahead else 0),
         channel=Channel(context),
         scheduler=scheduler,
         tokenizer=tiny_tokenizer(folder),
