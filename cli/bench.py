@@ -7,6 +7,7 @@
     metaseq-api-bench http                                                  what the front end costs
     metaseq-api-bench reshard --folder /scratch/bench                       joining FSDP shards, beside cp
     metaseq-api-bench load --folder /scratch/bench-load                     reading to serve, beside a plain read
+    metaseq-api-bench rivals --harness peers --work peers-work              OpenVINO, vLLM, CTranslate2, Hugging Face
     metaseq-api-bench page run/bench docs/performance.md                    kept runs into the page's tables
 
 Random weights of --shape are made on the device; --checkpoint DIR measures real ones. A table goes to the terminal, all

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from metaseq_api.bench.load import LAYOUTS
+from metaseq_api.bench.rivals import NAMES, US
 from metaseq_api.bench.work import LONGEST, SHORTEST
 from metaseq_api.core.config import OPT_SHAPES
 from metaseq_api.settings import DTYPES
@@ -94,6 +95,18 @@ def _load(p: argparse.ArgumentParser) -> None:
     _kept(p)
 
 
+def _rivals(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--harness", type=Path, required=True, metavar="DIR", help="run_peers.py and its adapters")
+    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="its models and environments")
+    p.add_argument("--shape", choices=("opt-125m", "opt-1.3b"), default="opt-125m", help="default: opt-125m")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="default: bf16")
+    known = sorted(NAMES.keys() - {US})
+    p.add_argument("--rivals", choices=known, nargs="+", default=["ov", "vllm", "hf"], help="default: ov vllm hf")
+    p.add_argument("--serving", choices=["vllm"], nargs="*", default=[], help="asked through HTTP too (default: none)")
+    p.add_argument("--rounds", type=_count, default=3, help="of which the median is shown (default: 3)")
+    _kept(p)
+
+
 def _page(p: argparse.ArgumentParser) -> None:
     p.add_argument("runs", type=Path, help="folder of the files that --json wrote")
     p.add_argument("page", type=Path, help="Markdown with marks: <!-- run NAME --> and <!-- end -->")
@@ -107,6 +120,7 @@ JOBS = {
     "http": (_http, "what the front end costs, beside the engine alone"),
     "reshard": (_reshard, "joining FSDP shards, beside cp and beside loading everything"),
     "load": (_load, "reading a checkpoint to serve it, beside a plain read of the same bytes"),
+    "rivals": (_rivals, "other servers on the same work in turns, by a harness that runs them"),
     "page": (_page, "write kept runs into the tables of a page"),
 }
 

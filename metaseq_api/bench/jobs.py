@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 
 from metaseq_api import settings
-from metaseq_api.bench import http, latency, limits, load, reshard, serve, startup, throughput
+from metaseq_api.bench import http, latency, limits, load, reshard, rivals, serve, startup, throughput
 from metaseq_api.bench.figures import SIDES, Row, cells, shown
 from metaseq_api.bench.plot import Points
 from metaseq_api.bench.services import clients, service
@@ -159,6 +159,20 @@ def measure_load(args: Args, say: Say) -> Outcome:
     )
 
 
+def measure_rivals(args: Args, say: Say) -> Outcome:
+    asked = rivals.Asked(
+        harness=args.harness,
+        work=args.work,
+        model=args.shape.removeprefix("opt-"),
+        dtype=args.dtype,
+        rivals=tuple(args.rivals),
+        serving=tuple(args.serving),
+        rounds=args.rounds,
+    )
+    found = rivals.measure(asked, say)
+    return Outcome(lines=rivals.cells(found.rows), figures=_kept(found.rows), headline=found.told())
+
+
 JOBS: Mapping[str, Callable[[Args, Say], Outcome]] = {
     "latency": measure_latency,
     "throughput": measure_throughput,
@@ -167,6 +181,7 @@ JOBS: Mapping[str, Callable[[Args, Say], Outcome]] = {
     "http": measure_http,
     "reshard": measure_reshard,
     "load": measure_load,
+    "rivals": measure_rivals,
 }
 
 
