@@ -7,9 +7,11 @@ DEMO := run/demo
 BENCH = $(BIN)/metaseq-api-bench
 RUNS := run/bench
 WORKERS := 2
+HARNESS ?= ../shared/peers
+WORK ?= run/peers
 PARTS := 0 1
 
-.PHONY: help serve test browser haproxy test-slurm test-fresh test-clients lint types bench gpu-check package demo page-png clean
+.PHONY: help serve test browser haproxy test-slurm test-fresh test-clients lint types bench bench-rivals gpu-check package demo page-png clean
 help:
 	@echo "make serve       reshard the embedded demo checkpoint and serve it on port $(PORT)"
 	@echo "make test        the whole test suite"
@@ -20,6 +22,7 @@ help:
 	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       every figure of docs/performance.md, beside Hugging Face, cp and plain reads, into that page"
+	@echo "make bench-rivals  the same work by OpenVINO, vLLM, CTranslate2 and Hugging Face, by the harness in HARNESS"
 	@echo "make gpu-check   on a GPU: parity with Hugging Face, then a table of speeds; needs no install"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
@@ -94,6 +97,13 @@ bench: $(BIN)/.test  # a quarter of an hour or two on two cores, with 24 GB of m
 	$(BENCH) http --json $(RUNS)/http-demo.json
 	$(BENCH) reshard --shape opt-1.3b --shards 8 --folder run/bench-reshard --json $(RUNS)/reshard-1.3b.json
 	$(BENCH) load --shape opt-1.3b --folder run/bench-load --json $(RUNS)/load-1.3b.json
+	$(BENCH) page $(RUNS) docs/performance.md
+
+RIVALS = $(BENCH) rivals --harness $(HARNESS) --work $(WORK)
+bench-rivals: $(BIN)/.test  # an hour on two cores; the harness's own set-up comes first, and takes 12 GB
+	$(RIVALS) --shape opt-125m --dtype bf16 --rivals ov vllm hf --serving vllm --json $(RUNS)/rivals-125m-bf16.json
+	$(RIVALS) --shape opt-125m --dtype fp32 --rivals ov vllm ct2 hf --rounds 2 --json $(RUNS)/rivals-125m-fp32.json
+	$(RIVALS) --shape opt-1.3b --dtype bf16 --rivals ov vllm hf --rounds 2 --json $(RUNS)/rivals-1.3b-bf16.json
 	$(BENCH) page $(RUNS) docs/performance.md
 
 gpu-check:

@@ -75,18 +75,26 @@ static float weigh(float *s, long open, long num, float scale) {
     return _mm512_reduce_add_ps(sum);
 }
 
+/* 2^x for x <= 0 to 3e-6 of itself, which is far below what bf16 keeps; below -126 next to nothing. A NaN stays one. */
+static inline __m512 power(__m512 given) {
+    __m512 x = _mm512_max_ps(_mm512_set1_ps(-126.0f), given); /* in this order */
+    __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(9.58285e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.590643e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4024099e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9312419e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
 /* As weigh, to weights in bf16 beside the scores, of which `num`, a multiple of 32, are read. */
 static float weigh_narrow(const float *s, long open, long num, float scale, bf16 *w) {
-    __m512 by = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (long i = 0; i < open; i += 16) {
-        __mmask16 mask = lanes(open - i);
-        most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_loadu_ps(s + i), by));
-    }
-    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    __m512 by = _mm512_set1_ps(scale * 1.44269504f), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long i = 0; i < open; i += 16) most = _mm512_mask_max_ps(most, lanes(open - i), most, _mm512_loadu_ps(s + i));
+    __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), by);
     for (long i = 0; i < num; i += 32) {
         __mmask16 low = i < open ? lanes(open - i) : 0, high = i + 16 < open ? lanes(open - i - 16) : 0;
-        __m512 a = _mm512_maskz_mov_ps(low, exponent(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + i), by), top)));
-        __m512 b = _mm512_maskz_mov_ps(high, exponent(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + i + 16), by), top)));
+        __m512 a = _mm512_maskz_mov_ps(low, power(_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, top)));
+        __m512 b = _mm512_maskz_mov_ps(high, power(_mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16), by, top)));
         _mm512_storeu_si512(w + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
         sum = _mm512_add_ps(_mm512_add_ps(sum, a), b);
     }
