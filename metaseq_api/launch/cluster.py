@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from metaseq_api.errors import ClusterError
 from metaseq_api.launch.rendezvous import expand_nodes
-from metaseq_api.launch.slurm_words import end_words, reason_words, refusal
+from metaseq_api.launch.slurm_words import NEVER, end_words, reason_words, refusal
 
 TIMEOUT_S = 60.0
 """Units: seconds for one command; those of a dead controller give up by themselves after about ten."""
@@ -41,6 +41,11 @@ class Job:
     @property
     def is_queued(self) -> bool:
         return self.state in _QUEUED
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether it waits for what will not come."""
+        return self.is_queued and self.reason.strip("()") in NEVER
 
     @property
     def is_running(self) -> bool:

@@ -162,9 +162,12 @@ def _try(trial: Trial, folder: Path) -> Iterator[Finding]:
     )
     job = cluster.submit(script.render())
     try:
-        said, ended = _await(job, trial, folder)
+        said, ended, hint = _await(job, trial, folder)
         if ended:
-            yield _not_run(job, trial, ended, log, len(said))
+            wrote = log.read_text("utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+            told = f"; it wrote: {wrote[-1]}" if wrote else ""
+            what = f"trial job {job} on {trial.nodes} node(s): {len(said)} told, {ended}{told}"
+            yield Finding(False, what, hint)
         elif not said:
             yield Finding(False, *_unseen(folder))
         if said:
@@ -174,34 +177,24 @@ def _try(trial: Trial, folder: Path) -> Iterator[Finding]:
         _await_gone(job)
 
 
-def _await(job: str, trial: Trial, folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """What the nodes told, and why not all of them did."""
+def _await(job: str, trial: Trial, folder: Path) -> tuple[list[dict[str, Any]], str, str]:
+    """What the nodes told; why not all of them did, and what may be done about it."""
+    python = shlex.quote(trial.python)
+    elsewhere = f"is {python} (with metaseq-api) there on every node, and the registry too?"
     deadline = time.monotonic() + trial.wait_s
     while True:
         now = cluster.jobs([job]).get(job)
         said = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))]
         if len(said) == trial.nodes:
-            return said, ""
+            return said, "", ""
         if now is None or not (now.is_queued or now.is_running):
-            return said, "its job is gone" if now is None else now.words
-        if "will never start" in now.words:
-            return said, now.words
+            return said, "its job is gone" if now is None else now.words, elsewhere
+        if now.never_starts:
+            return said, now.words, "ask for less, with --nodes 1 say"
         if time.monotonic() > deadline:
-            return said, f"after {trial.wait_s:.0f} s it is {now.words}"
+            hint = "raise --wait-s, or try --nodes 1" if now.is_queued else elsewhere
+            return said, f"after {trial.wait_s:.0f} s it is {now.words}", hint
         time.sleep(0.5)
-
-
-def _not_run(job: str, trial: Trial, ended: str, log: Path, said: int) -> Finding:
-    wrote = log.read_text("utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    told = f"; it wrote: {wrote[-1]}" if wrote else ""
-    hint = (
-        "ask for less, with --nodes 1 say"
-        if "never start" in ended
-        else "raise --wait-s, or try --nodes 1"
-        if "queued" in ended
-        else f"is {shlex.quote(trial.python)} (with metaseq-api) there on every node, and the registry too?"
-    )
-    return Finding(False, f"trial job {job} on {trial.nodes} node(s): {said} told, {ended}{told}", hint)
 
 
 def _unseen(folder: Path) -> tuple[str, str]:

@@ -17,6 +17,7 @@ STACK_S = 0.3
 """Units: seconds that it has to write its stack."""
 ASK_FOR_STACK = (signal.SIGQUIT, signal.SIGCONT, signal.SIGQUIT)
 """To one that is stopped, to its main thread: the first is pending when it goes on, or else the second comes."""
+LOOKS = 10
 _STATES = {
     "T": "stopped, by SIGSTOP",
     "t": "stopped, by a debugger",
@@ -45,8 +46,12 @@ def state_of(pid: int) -> str:
 
 
 def is_held(pid: int) -> bool:
-    """Whether SIGSTOP or a debugger holds it."""
-    return state_of(pid).startswith("stopped")
+    """Whether SIGSTOP or a debugger holds it; a profiler, which stops it for moments, does not. Takes 0.2 s if so."""
+    for _ in range(LOOKS):
+        if not state_of(pid).startswith("stopped"):
+            return False
+        threading.Event().wait(0.2 / LOOKS)
+    return True
 
 
 def show_stack_and_kill(pid: int) -> str:

@@ -36,6 +36,8 @@ REASONS = {
     "InvalidQOS": "its quality of service is not valid: give another --qos",
     "Cleaning": "it was requeued, and its last run is being cleaned up",
 }
+NEVER = frozenset({"DependencyNeverSatisfied", "PartitionConfig", "PartitionNodeLimit", "BadConstraints"})
+"""Reasons of a job that will not start as it is."""
 _REFUSALS = (
     ("Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were transmitted", "DEAD"),
     ("[Ii]nvalid partition", "`sinfo` lists the partitions; give one with --partition"),

@@ -11,7 +11,7 @@ import pytest
 from metaseq_api.errors import ClusterError
 from metaseq_api.launch import cluster
 from metaseq_api.launch.cluster import Job
-from metaseq_api.launch.slurm_words import end_words, reason_words, refusal
+from metaseq_api.launch.slurm_words import REASONS, end_words, reason_words, refusal
 
 NODE = (
     "NodeName=gpu07 Arch=x86_64 CoresPerSocket=32  CPUAlloc=0 CPUEfctv=126 CPUTot=128 CPULoad=4.34 "
@@ -184,3 +184,9 @@ def test_a_controller_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cluster.subprocess, "run", run)
     with pytest.raises(ClusterError, match="squeue said nothing for 60 s; see `scontrol ping`"):
         cluster.jobs(["1"])
+
+
+def test_reasons_whose_words_say_never_are_those_of_a_job_that_never_starts() -> None:
+    for reason, words in REASONS.items():
+        assert ("never start" in words) == Job(id="1", state="PENDING", reason=f"({reason})").never_starts, reason
+    assert not Job(id="1", state="RUNNING", reason="PartitionConfig").never_starts
