@@ -1,7 +1,7 @@
 """What HTTP costs: the service on the demo model, in processes of its own, beside the same engine alone, in turns.
 
 latency   one token, one connection: what the front end adds to each request
-requests  one token, 64 connections: requests a second; the engine's own, without HTTP; and waitress's, without an engine
+requests  one token, 64 connections: requests a second, beside the engine without HTTP and waitress without an engine
 streams   256 at once: tokens a second, streamed over HTTP, over the engine's without HTTP
 
 Knows what is measured and how the sides take turns. Does not know sockets; `clients` does, in a process of its own.

@@ -106,7 +106,8 @@ def answer_emptily() -> None:
         return [body]
 
     server = create_server(app, host="127.0.0.1", port=0)
-    print(server.effective_port, flush=True)
+    sys.stdout.write(f"{server.effective_port}\n")
+    sys.stdout.flush()
     server.run()
 
 
