@@ -32,7 +32,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         LOW
         | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"}
         | {"kernels", "resident"},
-        {"torch", "transformers", "waitress"},
+        {"torch", "transformers"},
     ),
     "launch": (LOW | {"core"}, set()),
     "download": (LOW | {"core"}, set()),

@@ -1,7 +1,7 @@
 """What HTTP costs: the service on the demo model, in processes of its own, beside the same engine alone, in turns.
 
 latency   one token, one connection: what the front end adds to each request
-requests  one token, 64 connections: requests a second, beside the engine without HTTP and waitress without an engine
+requests  one token, 64 connections: requests a second, beside the engine without HTTP
 streams   256 at once: tokens a second, streamed over HTTP, over the engine's without HTTP
 
 Knows what is measured and how the sides take turns. Does not know sockets; `clients` does, in a process of its own.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaseq_api.bench.figures import Row
-from metaseq_api.bench.services import Order, clients, cpu_seconds, empty_handler, service
+from metaseq_api.bench.services import Order, clients, cpu_seconds, service
 from metaseq_api.bench.subject import Subject, ours
 from metaseq_api.core import Request, SamplingParams
 from metaseq_api.engine.engine import Engine
@@ -42,18 +42,13 @@ def measure(of: Subject, load: Load, say: Callable[[str], object]) -> list[Row]:
     """Both sides in turns; every figure a row."""
     alone = Alone(of)
     rows: dict[str, Row] = {}
-    with (
-        service(of) as running,
-        clients(running.host, running.port) as order,
-        empty_handler() as empty,
-        clients(empty.host, empty.port) as order_empty,
-    ):
+    with service(of) as running, clients(running.host, running.port) as order:
         order(_requests(1, 50))
         _streams_round(alone, order, running.pid, load.streams, 8)  # both sides warm
         for turn in range(load.rounds):
             for kind, figures in (
                 ("one request at a time", _latency_round(alone, order)),
-                (f"{load.connections} connections", _requests_round(alone, order, order_empty, running.pid, load)),
+                (f"{load.connections} connections", _requests_round(alone, order, running.pid, load)),
                 (f"{load.streams} streams", _streams_round(alone, order, running.pid, load.streams, load.tokens)),
             ):
                 for (what, unit), value in figures.items():
@@ -94,16 +89,14 @@ def _latency_round(alone: Alone, order: Order) -> Figures:
     }
 
 
-def _requests_round(alone: Alone, order: Order, order_empty: Order, pid: int, load: Load) -> Figures:
+def _requests_round(alone: Alone, order: Order, pid: int, load: Load) -> Figures:
     engine_s = sum(alone.complete(load.connections, 1) for _ in range(load.requests))
     before = cpu_seconds(pid)
     said = order(_requests(load.connections, load.requests))
     num = len(said["seconds"])
-    nothing = order_empty(_requests(load.connections, load.requests))
     return {
         ("requests of one token", "a second"): num / said["wall"],
         ("the engine's, without HTTP", "a second"): num / engine_s,
-        ("waitress's, an empty handler", "a second"): num / nothing["wall"],
         ("p50", "ms"): statistics.median(said["seconds"]) * 1e3,
         ("the server's CPU for each", "ms"): (cpu_seconds(pid) - before) / num * 1e3,
         ("the clients' CPU for each", "ms"): said["cpu"] / num * 1e3,

@@ -80,38 +80,6 @@ def service(of: Subject) -> Iterator[Service]:
 
 
 @contextmanager
-def empty_handler() -> Iterator[Service]:
-    """waitress, as it comes, over an app that answers everything at once with as many bytes as a short completion."""
-    code = "from metaseq_api.bench.services import answer_emptily; answer_emptily()"
-    command = [sys.executable, *SAFE, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            port = int((process.stdout or sys.stdin).readline() or 0)
-            if not port:
-                raise ServiceError("waitress alone, which is to be measured, did not start; its own words are above")
-            yield Service(pid=process.pid, host="127.0.0.1", port=port, said=())
-        finally:
-            process.kill()
-
-
-def answer_emptily() -> None:
-    """Be that process: print the port, serve until killed."""
-    from waitress import create_server
-
-    body = b"{}" + b" " * 300
-
-    def app(environ: Mapping[str, Any], start: Callable[..., object]) -> list[bytes]:
-        environ["wsgi.input"].read()
-        start("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-        return [body]
-
-    server = create_server(app, host="127.0.0.1", port=0)
-    sys.stdout.write(f"{server.effective_port}\n")
-    sys.stdout.flush()
-    server.run()
-
-
-@contextmanager
 def clients(host: str, port: int) -> Iterator[Order]:
     """A process of clients that does what it is ordered and says how long that took."""
     code = f"from metaseq_api.bench.clients import child; child({host!r}, {port})"
