@@ -95,6 +95,7 @@ bench: $(BIN)/.test  # a quarter of an hour or two on two cores, with 24 GB of m
 	$(BENCH) startup --json $(RUNS)/startup-demo.json
 	$(BENCH) startup --shape opt-1.3b --dtype bf16 --json $(RUNS)/startup-1.3b-bf16.json
 	$(BENCH) http --json $(RUNS)/http-demo.json
+	$(BENCH) http --threads 1 --json $(RUNS)/http-demo-one-thread.json
 	$(BENCH) reshard --shape opt-1.3b --shards 8 --folder run/bench-reshard --json $(RUNS)/reshard-1.3b.json
 	$(BENCH) load --shape opt-1.3b --folder run/bench-load --json $(RUNS)/load-1.3b.json
 	$(BENCH) page $(RUNS) docs/performance.md
