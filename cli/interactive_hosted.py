@@ -150,6 +150,10 @@ def _serve(chosen: Settings, host_module: str, verbose: bool) -> int:
     placement, job = rendezvous.detect(os.environ), rendezvous.job_of(os.environ)
     num_ranks = _num_ranks(chosen, placement, rendezvous.visible_gpus(os.environ))
     chosen = dataclasses.replace(chosen, model_parallel=num_ranks, job=None if job is None else job.job_id)
+    if chosen.chat_template is not None and placement.has_rank_0:  # other nodes need not have it
+        from metaseq_api.server import template
+
+        template.load(chosen.chat_template)
     # before anything is started: a port in use is said at once, and nothing has to be undone
     sock = _bind(chosen.host, chosen.port) if placement.has_rank_0 else None
     if sock is not None:
@@ -205,10 +209,6 @@ def _check_files(chosen: Settings) -> None:
     for flag, file in (("--vocab-filename", chosen.bpe_vocab), ("--merges-filename", chosen.bpe_merges)):
         if file is not None and not file.is_file():
             raise TokenizerError(f"{flag} (or constants.py) names {file}, which is not a file")
-    if chosen.chat_template is not None:
-        from metaseq_api.server import template
-
-        template.load(chosen.chat_template)
 
 
 def _num_ranks(chosen: Settings, placement: rendezvous.Placement, num_gpus: int) -> int:

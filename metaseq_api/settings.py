@@ -55,9 +55,9 @@ class Settings:
     prefix_cache: bool = True
     """Whether prompts that begin alike are computed from where they differ."""
     cuda_graphs: bool = True
+    """Whether a GPU that holds a whole model replays its decode steps as CUDA graphs."""
     run_ahead: bool | None = None
     """Whether a step is started before what the one before drew has been read; None: on a GPU."""
-    """Whether a GPU that holds a whole model replays its decode steps as CUDA graphs."""
     cache_size: int = 0
     """Whole answers kept for requests that ask the same again; 0: none."""
     cache_list_size: int = 0

@@ -19,8 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from metaseq_api import __version__
 from metaseq_api.bench.figures import Row, shown
+from metaseq_api.bench.gpu_speed import answer
+from metaseq_api.bench.subject import ours, subject
 from metaseq_api.errors import SettingsError
+from metaseq_api.settings import Settings
 
 US = "ours"
 NAMES = {US: "ours", "ov": "OpenVINO GenAI", "vllm": "vLLM", "ct2": "CTranslate2", "hf": "Hugging Face"}
@@ -39,24 +45,15 @@ class Adapter:
     """What the harness calls in a process of its own: our engine without HTTP, on the weights that everybody gets."""
 
     def __init__(self, model_dir: str, precision: str, threads: int, opts: Mapping[str, str]) -> None:
-        from metaseq_api.bench.subject import ours, subject  # torch, which the harness's caller does without
-        from metaseq_api.settings import Settings
-
         assert not opts
         self._engine = ours(subject(None, Path(model_dir), Settings(dtype=precision, threads=threads))).engine
 
     def info(self) -> dict[str, str]:
         """Versions."""
-        import torch
-
-        from metaseq_api import __version__
-
         return {"metaseq-api": __version__, "torch": torch.__version__}
 
     def generate(self, prompts: list[list[int]], n_new: int) -> list[list[int]]:
         """Exactly so many tokens after each prompt, greedily."""
-        from metaseq_api.bench.gpu_speed import answer
-
         return answer(self._engine, prompts, n_new)
 
 
@@ -86,6 +83,8 @@ class Found:
     bandwidth: list[float]
 
     def told(self) -> str:
+        if not self.bandwidth:
+            return "nobody could be loaded; the harness's words are above"
         who = [f"{NAMES[s]} {v} ({self.same.get(s, 0)} of 8 greedy tokens are ours)" for s, v in self.versions.items()]
         read = f"the harness read {shown(min(self.bandwidth))}-{shown(max(self.bandwidth))} GB/s before its runs"
         return "; ".join([*who, read])
@@ -97,7 +96,7 @@ def measure(asked: Asked, say: Callable[[str], object]) -> Found:
         if not path.is_file():
             raise SettingsError(f"{path} is not there; --harness and --work name the harness and its work folder")
     results = asked.work / f"results-{asked.model}-{asked.dtype}.jsonl"
-    results.unlink(missing_ok=True)
+    results.write_text("")
     with _harness(asked) as command:
         everyone = (US, *asked.rivals)
         _run([*command("run", everyone, results), "--metrics", "decode,prefill,batch"], say)
@@ -118,9 +117,10 @@ def read(lines: Sequence[str]) -> Found:
         if said.get("metric") in METRICS:
             again = said.get("rep", num)  # over HTTP nothing is measured again
             found[said["metric"], peer, said["round"], again] = said["value"]
-        elif said.get("event") == "loaded" and peer in _VERSIONS:
-            versions[peer] = str(said["info"].get(_VERSIONS[peer], "unknown"))
+        elif said.get("event") == "loaded":
             bandwidth.append(said["membw"])
+            if peer in _VERSIONS:
+                versions[peer] = str(said["info"].get(_VERSIONS[peer], "unknown"))
         elif said.get("event") == "check":
             first[peer] = said["first8"]
     rows = {metric: Row(what=what, unit="tokens/s") for metric, what in METRICS.items()}

@@ -116,9 +116,9 @@ class Outlet:
         if rest:
             del self._answers[number]
         if any(d.logprobs is not None and len(d.logprobs.tokens) > FEW for d in deltas):
-            return [lambda: written("told", [[number, [_plain(delta) for delta in deltas]]]), *rest]
+            return [lambda: written("told", [_told(number, deltas)]), *rest]
         if deltas:
-            told.append([number, [_plain(delta) for delta in deltas]])
+            told.append(_told(number, deltas))
         return rest
 
 
@@ -128,6 +128,10 @@ def _part(number: int, completion: Completion) -> Message:
     if completion.logprobs is None and completion.prompt_logprobs is None:
         return part(to_plain(completion))
     return lambda: part(to_plain(completion))
+
+
+def _told(number: int, deltas: list[Delta]) -> list[Any]:
+    return [number, [_plain(delta) for delta in deltas]]
 
 
 def _plain(delta: Delta) -> list[Any]:
