@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from metaseq_api.machine import let_threads_rest
+
 if TYPE_CHECKING:
     from metaseq_api.core import SamplingParams
     from metaseq_api.llm import LLM
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 __version__ = "0.1.0"
+
+let_threads_rest()
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from metaseq_api import log
 from metaseq_api.core.line import Line
 from metaseq_api.core.plain import error_to_plain
 from metaseq_api.errors import MetaseqApiError
-from metaseq_api.launch.child import die_with_parent, ignore_stops
+from metaseq_api.launch.child import die_with_parent, ignore_stops, settle
 from metaseq_api.launch.front_end import HELD_BACK, FrontOrder
 from metaseq_api.server.app import create_app
 from metaseq_api.server.remote import Facts, RemoteEngine
@@ -102,7 +102,9 @@ def main() -> NoReturn:
     log.setup("front", verbose=order.verbose)
     line = Line(socket.socket(fileno=order.line_fd))
     try:
-        Front(order, line).run()
+        front = Front(order, line)
+        settle()
+        front.run()
     except MetaseqApiError as e:  # rank 0 hears it when it says `serve`
         line.send("refused", error_to_plain(e))
         list(line.messages())  # until rank 0 has heard it, and hangs up

@@ -32,7 +32,7 @@ from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
 from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, ResourceError, SettingsError
-from metaseq_api.launch.child import ignore_stops
+from metaseq_api.launch.child import ignore_stops, settle
 from metaseq_api.launch.countdown import Countdown, Hooks
 from metaseq_api.launch.drain import Drain
 from metaseq_api.launch.front_end import FrontEnd
@@ -124,6 +124,7 @@ def _be_rank(
             ignore_stops()
         context.wait_for_all("loaded", timeout_s=LOAD_TIMEOUT_S)
         startup.lap("other ranks")
+        settle()
         if not context.is_driver:
             follow(worker, channel)
             code = 0

@@ -6,10 +6,28 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_WAITS = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
 
 def num_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def has_amx() -> bool:
+    """Whether this machine's processors multiply by tiles, so that kernels of our own may serve (`kernels.native`)."""
+    with Path("/proc/cpuinfo").open() as lines:
+        return "amx_bf16" in next((line for line in lines if line.startswith("flags")), "").split()
+
+
+def let_threads_rest() -> None:
+    """Where our own kernels compute, have torch's threads sleep as soon as there is nothing for them to do.
+
+    By itself OpenMP has them look out for more on the cores that our threads want. It asks the environment when torch
+    is first imported, so this comes before; whoever has set it himself is left alone.
+    """
+    if not _WAITS & os.environ.keys() and has_amx():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

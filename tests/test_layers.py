@@ -40,7 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "front": (LOW | {"core", "launch", "server", "tokenizer"}, set()),
     "client": ({"errors"}, set()),
     "asking": (LOW | {"client", "local"}, set()),
-    "__init__": ({"core", "llm"}, set()),
+    "__init__": ({"core", "llm", "machine"}, set()),
 }
 # what puts a rank, a model or a door's model together may know everything but the tops above itself
 TOPS = {"host": set(), "resident": {"host"}, "llm": {"resident"}, "local": {"resident"}}
@@ -57,6 +57,7 @@ BROAD_EXCEPTS = {
 ENVIRON_ONLY_IN = {
     "metaseq_api/launch/probe.py",  # a process of its own, on a node
     "metaseq_api/settings.py",
+    "metaseq_api/machine.py",  # to leave word for OpenMP
     "metaseq_api/launch/rendezvous.py",
     "cli/interactive_hosted.py",
     "slurm/manage.py",

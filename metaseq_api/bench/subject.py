@@ -28,6 +28,7 @@ from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import OPT_SHAPES, tensor_shapes
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
+from metaseq_api.launch.child import settle
 from metaseq_api.launch.rendezvous import RankInfo
 from metaseq_api.machine import num_cores
 from metaseq_api.model.weights import DeviceWeights
@@ -137,6 +138,7 @@ def ours(of: Subject) -> Ours:
     torch.set_num_threads(ready.threads)
     context = ParallelContext(device=ready.device)
     worker = host.load(ready, context, of.settings)
+    settle()
     return Ours(host.make_engine(of.settings, ready, worker, Channel(context)), ready)
 
 

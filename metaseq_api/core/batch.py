@@ -8,13 +8,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 UNKNOWN = -1
 """A token that has been drawn and not been read yet: the last one of its sequence."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchItem:
+class BatchItem(NamedTuple):
     """One sequence's share of a step: feed `token_ids` at positions start, start + 1, ...; hand back logits of the
     last `num_logits` of them (0: none, the prefill goes on in a later step).
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
+from typing import NamedTuple
 
 
 class FinishReason(str, Enum):
@@ -99,8 +100,7 @@ class Completion:
         return None if self.logprobs is None else self.logprobs.first(len(self.token_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What was added to one sample of a streamed request; all of them, joined in order, are its Completion.
 
     `text` is final: no stop string can take it back, no character in it is unfinished. num_tokens counts the generated

@@ -15,16 +15,18 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from metaseq_api.core.plain import to_plain
+
 log = logging.getLogger(__name__)
 
 Message = bytes | Callable[[], bytes]
 _LARGE = 1 << 20
 _HEAD = struct.Struct("!I")
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=to_plain).encode
 
 
 def written(*message: Any) -> bytes:
-    """A message as it goes over a line."""
+    """A message as it goes over a line, nouns as `plain` has them."""
     data = _encode(message).encode("ascii")
     return _HEAD.pack(len(data)) + data
 

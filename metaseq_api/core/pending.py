@@ -45,9 +45,7 @@ class PendingAnswer:
     def take(self) -> list[Delta]:
         """Raises: what the request ended with, once nothing is left."""
         ended = self.ended  # looked at first: what comes before the end is there by then
-        taken = []
-        while self._deltas:
-            taken.append(self._deltas.popleft())
+        taken = [self._deltas.popleft() for _ in range(len(self._deltas))]
         if ended and not taken and self._error is not None:
             raise self._error
         return taken

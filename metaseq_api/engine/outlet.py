@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from metaseq_api.core import Completion, Delta, EngineProtocol, Request
 from metaseq_api.core.line import Line, Message, written
-from metaseq_api.core.plain import error_to_plain, from_plain, to_plain
+from metaseq_api.core.plain import error_to_plain, from_plain
 from metaseq_api.core.protocols import Answer
 from metaseq_api.errors import MetaseqApiError
 
@@ -67,10 +67,10 @@ class Outlet:
             if (held := self._answers.get(number)) is not None:
                 held[0].cancel()
         elif what == "health":
-            self._line.send(what, number, to_plain(self._engine.health()))
+            self._line.send(what, number, self._engine.health())
         else:
             assert what == "stats", what
-            self._line.send(what, number, to_plain(self._engine.stats))
+            self._line.send(what, number, self._engine.stats)
 
     def _submit(self, number: int, request: Request) -> None:
         try:
@@ -81,7 +81,7 @@ class Outlet:
         if request.stream:
             self._line.send("told", [[number, []]])  # it is admitted: the head of the answer may go out
         self._answers[number] = answer, request
-        answer.watch(lambda: self._noted.append(number))  # there is something to take, or it has ended
+        answer.watch(functools.partial(self._noted.append, number))  # there is something to take, or it has ended
         if self._noted:  # already, and the engine may have nothing to do
             self._tell()
 
@@ -115,27 +115,18 @@ class Outlet:
             rest = [written("failed", number, error_to_plain(e))]
         if rest:
             del self._answers[number]
-        if any(d.logprobs is not None and len(d.logprobs.tokens) > FEW for d in deltas):
-            return [lambda: written("told", [_told(number, deltas)]), *rest]
+        if request.params.logprobs is not None and _is_much(deltas):
+            return [lambda: written("told", [[number, deltas]]), *rest]
         if deltas:
-            told.append(_told(number, deltas))
+            told.append([number, deltas])
         return rest
 
 
 def _part(number: int, completion: Completion) -> Message:
     """One completion. With scores it may have a hundred thousand numbers, and is not written by the engine's thread."""
-    part = functools.partial(written, "part", number)
-    if completion.logprobs is None and completion.prompt_logprobs is None:
-        return part(to_plain(completion))
-    return lambda: part(to_plain(completion))
+    part = functools.partial(written, "part", number, completion)
+    return part() if completion.logprobs is None and completion.prompt_logprobs is None else part
 
 
-def _told(number: int, deltas: list[Delta]) -> list[Any]:
-    return [number, [_plain(delta) for delta in deltas]]
-
-
-def _plain(delta: Delta) -> list[Any]:
-    """As `to_plain`, in a quarter of the time: there is one for every token."""
-    reason = None if delta.finish_reason is None else delta.finish_reason.value
-    logprobs = None if delta.logprobs is None else to_plain(delta.logprobs)
-    return [delta.prompt_index, delta.sample_index, delta.text, delta.num_tokens, reason, logprobs]
+def _is_much(deltas: list[Delta]) -> bool:
+    return any(d.logprobs is not None and len(d.logprobs.tokens) > FEW for d in deltas)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ COLDEST, LEAST = 1e-6, 1e-30
 """Temperatures and top_p below these choose no differently, but leave what fp32 can tell from zero."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """One row to sample: its parameters, a number in [0, 1), the top_p of this step (it may decay), the tokens that may
     not be chosen now, and what is to be added or taken."""
 
@@ -40,8 +40,7 @@ class Row:
     adjustment: Adjustment | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class Scored(NamedTuple):
     """A token with its log-probability (None where nobody asked), and the likeliest tokens with theirs.
 
     rank: 1 for the likeliest; None where nobody asked.

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("cpu")
 # sums in another order, no more: -ffast-math would have every thread of the process take denormal numbers for 0
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
-FLAGS = ("-O3", "-march=native", *_MATH, "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", *_MATH, "-pthread", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
 SCRATCH = "metaseq-api-native-"
@@ -70,7 +70,7 @@ class Native:
         self._linear.argtypes = [_ADDRESS, _LONG, *[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT, _INT, _INT]
         self._linear.restype = None
         self._norm = self._library.metaseq_norm
-        self._norm.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, ctypes.c_float, _INT]
+        self._norm.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, ctypes.c_float, _INT, _INT]
         self._norm.restype = None
         self._attend = self._library.metaseq_attend
         self._attend.argtypes = [ctypes.POINTER(Step), *[_ADDRESS] * 6, _INT]
@@ -133,11 +133,12 @@ class Native:
 
     def norm(self, x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Layer norm of each row, in fp32, rounded once. Shapes: -> [T, E]."""
-        assert x_TE.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        assert x_TE.dtype == weight.dtype == bias.dtype
+        assert x_TE.dtype in (torch.bfloat16, torch.float32)
         assert x_TE.is_contiguous()
         y_TE = torch.empty_like(x_TE)
         tensors = (x_TE, weight, bias, y_TE)
-        self._norm(*(x.data_ptr() for x in tensors), *x_TE.shape, eps, torch.get_num_threads())
+        self._norm(*(x.data_ptr() for x in tensors), *x_TE.shape, eps, x_TE.itemsize, torch.get_num_threads())
         return y_TE
 
     def attend(self, step: Step, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor) -> Tensor:

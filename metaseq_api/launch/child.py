@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -50,6 +51,16 @@ def child_setup(rank: int, parent_pid: int | None) -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL if rank == 0 and parent_pid is None else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def settle() -> None:
+    """Have the garbage collector look no more at what is there by now: it lives as long as this process.
+
+    Of 7 s in which rank 0 served 256 streams it took 200 to 280 ms, up to 190 at once; 15 to 21 after this, up to 10
+    (2026-11-28).
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def ignore_stops() -> None:

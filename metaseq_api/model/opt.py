@@ -38,7 +38,7 @@ class Norm(nn.Module):
         self.context, self.dtype, self.eps = context, dtype, eps
         self.weight: Tensor
         self.bias: Tensor
-        self.native = native() if context.device.type == "cpu" and dtype == torch.bfloat16 else None
+        self.native = native() if context.device.type == "cpu" and dtype != torch.float16 else None
 
     def load(self, weights: Weights, name: str) -> None:
         self.weight, self.bias = (

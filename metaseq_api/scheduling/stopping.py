@@ -44,7 +44,7 @@ class StopChecker:
     @property
     def num_safe(self) -> int:
         """Characters of the text that no later piece can take back: what a stream may send now."""
-        if self._include:
+        if self._include or not self._stop:
             return len(self._text)
         for at in range(max(self._held, len(self._text) - self._longest + 1), len(self._text)):
             tail = self._text[at:]

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, Stats, TokenLogprobs
 from metaseq_api.core.line import Line
 from metaseq_api.core.pending import PendingAnswer
-from metaseq_api.core.plain import error_from_plain, from_plain, to_plain
+from metaseq_api.core.plain import error_from_plain, from_plain
 from metaseq_api.errors import EngineStopped, MetaseqApiError, NotBegun
 
 ASK_S = 5.0
@@ -104,7 +104,7 @@ class RemoteEngine:
             if self._lost:
                 raise NotBegun(_GONE)
             self._answers[number] = answer
-        self._line.send("submit", number, to_plain(request))
+        self._line.send("submit", number, request)
         if request.stream:
             answer.decided.wait(ASK_S)  # until then the head of the answer may yet be an error's
             if answer.refusal is not None:
@@ -162,8 +162,9 @@ class RemoteEngine:
     def _tell(self, number: int, deltas: list[Any]) -> None:
         answer = self._answers[number]
         for plain in deltas:
-            answer.push(_delta(plain))
-        answer.decided.set()
+            answer.push(_delta(*plain))
+        if not answer.decided.is_set():
+            answer.decided.set()
         answer.notify()
 
     def _ask(self, what: str) -> Any:
@@ -181,14 +182,16 @@ class RemoteEngine:
             del self._questions[number]
 
 
-def _delta(plain: list[Any]) -> Delta:
-    """As `from_plain`, in a fraction of the time: there is one for every token."""
-    prompt_index, sample_index, text, num_tokens, reason, logprobs = plain
-    if reason is not None:
-        reason = FinishReason(reason)
-    if logprobs is not None:
-        logprobs = from_plain(TokenLogprobs, logprobs)
-    return Delta(prompt_index, sample_index, text, num_tokens, reason, logprobs)
+def _delta(prompt: int, sample: int, text: str, num_tokens: int, reason: str | None, logprobs: Any) -> Delta:
+    """One as it came; there is one for every token."""
+    return Delta(
+        prompt,
+        sample,
+        text,
+        num_tokens,
+        None if reason is None else FinishReason(reason),
+        None if logprobs is None else from_plain(TokenLogprobs, logprobs),
+    )
 
 
 def _unknown(*, alive: bool) -> Health:

@@ -12,7 +12,6 @@ from support.processes import until
 
 from metaseq_api.core import (
     Completion,
-    Delta,
     FinishReason,
     Health,
     RankedToken,
@@ -53,8 +52,6 @@ NOUNS = [
         deadline_s=1e9,
     ),
     COMPLETION,
-    Delta(0, 1, "text", 3, FinishReason.STOP, LOGPROBS),
-    Delta(0, 1, "text", 3),
     Health(
         alive=True, reason="", num_running=1, num_waiting=2, num_free_blocks=3, num_blocks=4, rank_age_s=(0.5, 1e300)
     ),

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engines import ask, running_engine
 from support.processes import until
 
-from metaseq_api.core import Delta, Request, SamplingParams
-from metaseq_api.core.line import Line
+from metaseq_api.core import Delta, Request, SamplingParams, line
+from metaseq_api.core.line import Line, written
 from metaseq_api.engine import outlet
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.outlet import Outlet
@@ -101,13 +102,14 @@ def test_an_echoed_prompt_with_its_scores_is_not_written_down_by_the_engines_thr
 ) -> None:
     writers: dict[int, set[str]] = {}
 
-    def plain(delta: Delta) -> list[object]:
-        assert delta.logprobs is not None
-        writers.setdefault(len(delta.logprobs.tokens), set()).add(threading.current_thread().name)
-        return written_down(delta)
+    def noted(what: str, *of: Any) -> bytes:
+        scored = [d.logprobs for _, deltas in (of[0] if what == "told" else ()) for d in deltas]
+        for logprobs in scored:
+            writers.setdefault(len(logprobs.tokens), set()).add(threading.current_thread().name)
+        return written(what, *of)
 
-    written_down = outlet._plain
-    monkeypatch.setattr(outlet, "_plain", plain)
+    monkeypatch.setattr(outlet, "written", noted)
+    monkeypatch.setattr(line, "written", noted)
     asked = request(tuple(range(5, 45)), stream=True, echo=True, logprobs=3)
     deltas = list(pair.remote.submit(asked).events())
     assert "".join(d.text for d in deltas) == pair.engine.submit(asked).result(30)[0].text

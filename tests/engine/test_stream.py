@@ -191,7 +191,7 @@ def script(engine: Engine, *pieces: bytes) -> None:
     def draw(logits, rows):  # type: ignore[no-untyped-def]
         drawn = original(logits, rows)
         return dataclasses.replace(
-            drawn, read=lambda: [s and dataclasses.replace(s, token_id=next(ids, last)) for s in drawn.read()]
+            drawn, read=lambda: [s and s._replace(token_id=next(ids, last)) for s in drawn.read()]
         )
 
     engine._sampler.draw = draw  # type: ignore[method-assign]

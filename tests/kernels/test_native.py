@@ -73,6 +73,8 @@ def test_a_norm_is_computed_in_fp32(width: int) -> None:
     x, weight, bias = normal(33, width) * 3 + 5, normal(width), normal(width)
     want = F.layer_norm(x.float(), (width,), weight.float(), bias.float(), 1e-5)
     torch.testing.assert_close(own().norm(x, weight, bias, 1e-5).float(), want, rtol=2**-7, atol=2e-3)
+    got = own().norm(x.float(), weight.float(), bias.float(), 1e-5)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 
 def test_what_is_not_a_number_stays_none() -> None:

@@ -25,16 +25,29 @@ typedef struct {
     int threads;
 } step;
 
-/* Keys and values of all the step's tokens to their places. `bytes` of one number. */
-static void put_all(const step *s, const char *k, const char *v, char *keys, char *values, int bytes) {
-    long wide_ = s->dim * bytes, block = s->heads * s->size;
-#pragma omp for schedule(static)
-    for (long t = 0; t < s->num_tokens; t++)
+/* One layer's share of it: q, k and v rows of one [T, 3 H D], the cache's pools, out [T, H * D]; `bytes` of one number. */
+typedef struct {
+    const step *s;
+    const char *q, *k, *v;
+    char *keys, *values, *out;
+    int bytes;
+    size_t room; /* that a thread needs for one piece */
+    long each;   /* heads of generated tokens in a piece */
+} attend_job;
+
+enum { TOKENS = 64, SINGLES = 8 }; /* a piece's: tokens to their places, at most so many heads of generated tokens */
+
+/* Keys and values of some of the step's tokens to their places. */
+static void put(const void *about, long piece) {
+    const attend_job *j = about;
+    const step *s = j->s;
+    long wide_ = s->dim * j->bytes, block = s->heads * s->size;
+    for (long t = piece * TOKENS; t < least(s->num_tokens, (piece + 1) * TOKENS); t++)
         for (long h = 0; h < s->heads; h++) {
             long to = (s->block_T[t] * block + h * s->size + s->offset_T[t]) * wide_;
-            long from = (t * s->stride + h * s->dim) * bytes;
-            memcpy(keys + to, k + from, wide_);
-            memcpy(values + to, v + from, wide_);
+            long from = (t * s->stride + h * s->dim) * j->bytes;
+            memcpy(j->keys + to, j->k + from, wide_);
+            memcpy(j->values + to, j->v + from, wide_);
         }
 }
 
@@ -159,11 +172,10 @@ static void scores(float *s, const float *q, const bf16 *pairs, const char *k, l
     else dots(s, q, k, num, dim, bytes);
 }
 
-/* Generated tokens, each over its own blocks. */
-static void singles(const step *s, const char *q, const char *keys, const char *values, char *out, int bytes, float *p) {
+/* Some heads of generated tokens, each over its own blocks. */
+static void singles(const step *s, long first, long last, const char *q, const char *keys, const char *values, char *out, int bytes, float *p) {
     long dim = s->dim, block = s->heads * s->size;
-#pragma omp for schedule(dynamic, 8)
-    for (long at = 0; at < s->num_single * s->heads; at++) {
+    for (long at = first; at < last; at++) {
         long b = at / s->heads, h = at % s->heads, context = s->context_B[b];
         const int32_t *table = s->table_BN + b * s->width;
         const char *mine = q + (s->row_B[b] * s->stride + h * dim) * bytes;
@@ -285,8 +297,6 @@ static void piece(const step *s, long n, long h, const bf16 *q, const bf16 *keys
 
 enum { FEW = 36, PART = 128 };
 
-INLINE long up_to(long num, long step) { return (num + step - 1) / step * step; }
-
 /* As lay_out, in fp32, in panels for multiply_rows: keys [C / 64][D][64], values [D / 64][C][64], zeros up to whole ones. */
 static void lay_out_wide(const step *s, const int32_t *table, long h, long context, const float *keys, const float *values, float *k, float *v) {
     long dim = s->dim, block = s->heads * s->size, up = up_to(context, WIDE);
@@ -324,6 +334,22 @@ static void piece_wide(const step *s, long n, long h, const float *q, const floa
     }
 }
 
+/* One head of a piece of a prompt; behind these, which take longest, some heads of generated tokens. */
+static void attend_piece(const void *about, long piece_) {
+    const attend_job *j = about;
+    const step *s = j->s;
+    long prompts = s->num_pieces * s->heads, first = (piece_ - prompts) * j->each;
+    void *mine = room_for(j->room);
+    if (piece_ >= prompts) {
+        configure_column();
+        singles(s, first, least(first + j->each, s->num_single * s->heads), j->q, j->keys, j->values, j->out, j->bytes, mine);
+    } else if (j->bytes == 2) {
+        configure(16, 16);
+        piece(s, piece_ / s->heads, piece_ % s->heads, (const bf16 *)j->q, (const bf16 *)j->keys, (const bf16 *)j->values, (bf16 *)j->out, mine);
+    } else piece_wide(s, piece_ / s->heads, piece_ % s->heads, (const float *)j->q, (const float *)j->keys, (const float *)j->values, (float *)j->out, mine);
+    _tile_release();
+}
+
 /* Write the step's keys and values, and attend: q, k, v rows of one [T, 3 H D] -> out [T, H * D]. `bytes` 2: bf16, 4: fp32. */
 void metaseq_attend(const step *s, const char *q, const char *k, const char *v, char *keys, char *values, char *out, int bytes) {
     long most = 0, up;
@@ -336,20 +362,8 @@ void metaseq_attend(const step *s, const char *q, const char *k, const char *v, 
     size_t room = (up + 64) * 4;
     if (s->num_pieces && bytes == 2) room = QUERIES * (up + APART + s->dim) * 4 + (QUERIES * (up + APART) + 2 * up * s->dim + QUERIES * s->dim) * 2;
     if (s->num_pieces && bytes == 4) room = (FEW * (up + up_to(s->dim, WIDE)) + up * (s->dim + up_to(s->dim, WIDE))) * 4;
-#pragma omp parallel num_threads(s->threads)
-    {
-        void *mine = aligned_alloc(64, (room + 63) / 64 * 64);
-        put_all(s, k, v, keys, values, bytes);
-        configure_column();
-        singles(s, q, keys, values, out, bytes, mine);
-        if (s->num_pieces) configure(16, 16);
-#pragma omp for schedule(dynamic) collapse(2)
-        for (long n = 0; n < s->num_pieces; n++)
-            for (long h = 0; h < s->heads; h++) {
-                if (bytes == 2) piece(s, n, h, (const bf16 *)q, (const bf16 *)keys, (const bf16 *)values, (bf16 *)out, mine);
-                else piece_wide(s, n, h, (const float *)q, (const float *)keys, (const float *)values, (float *)out, mine);
-            }
-        _tile_release();
-        free(mine);
-    }
+    long heads = s->num_single * s->heads, each = least(heads / (4 * s->threads) + 1, SINGLES);
+    attend_job job = {s, q, k, v, keys, values, out, bytes, room, each};
+    share_out(up_to(s->num_tokens, TOKENS) / TOKENS, put, &job, s->threads);
+    share_out(s->num_pieces * s->heads + up_to(heads, each) / each, attend_piece, &job, s->threads);
 }

@@ -1,4 +1,4 @@
-/* What a CPU with AMX runs of our own: linear layers and attention over the paged cache in bf16 and fp32, norms in bf16.
+/* What a CPU with AMX runs of our own: linear layers, norms and attention over the paged cache in bf16 and fp32.
  *
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
  * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
@@ -16,6 +16,14 @@
 typedef uint16_t bf16;
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* crew.c: have pieces 0 to `pieces` - 1 of a job done by up to so many threads, this one among them; returns when all are. */
+typedef void do_piece(const void *job, long piece);
+void share_out(long pieces, do_piece *piece, const void *job, int threads);
+void *room_for(size_t bytes);
+
+INLINE long up_to(long num, long step) { return (num + step - 1) / step * step; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
 
 /* 16 bf16 numbers as fp32; those that `mask` has, or all. */
 #define MASKED16(mask, p) \

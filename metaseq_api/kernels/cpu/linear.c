@@ -9,18 +9,28 @@ int metaseq_begin(void) { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
 enum { PANEL = 32, STEP = 32 };
 
+typedef struct {
+    const bf16 *w;
+    bf16 *packed;
+    long num_outputs, num_inputs;
+} pack_job;
+
+static void pack_panel(const void *about, long p) {
+    const pack_job *j = about;
+    long steps = j->num_inputs / STEP;
+    for (long s = 0; s < steps; s++)
+        for (int o = 0; o < PANEL; o++)
+            for (int i = 0; i < STEP; i++) {
+                long from = p * PANEL + o;
+                bf16 *tile = j->packed + ((p * steps + s) * 2 + o / 16) * 512;
+                tile[(i / 2) * 32 + (o % 16) * 2 + i % 2] = from < j->num_outputs ? j->w[from * j->num_inputs + s * STEP + i] : 0;
+            }
+}
+
 /* W [O, I] -> [O / 32][I / 32][2][16][16][2]: for each 32 inputs two tiles of 16 outputs; O is filled up with zeros. */
 void metaseq_pack(const bf16 *w, bf16 *packed, long num_outputs, long num_inputs, int threads) {
-    long panels = (num_outputs + PANEL - 1) / PANEL, steps = num_inputs / STEP;
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < panels; p++)
-        for (long s = 0; s < steps; s++)
-            for (int o = 0; o < PANEL; o++)
-                for (int i = 0; i < STEP; i++) {
-                    long from = p * PANEL + o;
-                    bf16 *tile = packed + ((p * steps + s) * 2 + o / 16) * 512;
-                    tile[(i / 2) * 32 + (o % 16) * 2 + i % 2] = from < num_outputs ? w[from * num_inputs + s * STEP + i] : 0;
-                }
+    pack_job job = {w, packed, num_outputs, num_inputs};
+    share_out(up_to(num_outputs, PANEL) / PANEL, pack_panel, &job, threads);
 }
 
 /* Sums of up to 32 rows and one panel into sums[32][32]. */
@@ -76,36 +86,39 @@ static void finish(const float *sums, int rows, int num, const bf16 *bias, const
     }
 }
 
+typedef struct {
+    const bf16 *x, *packed, *bias, *residual;
+    char *y;
+    long stride, num_rows, num_inputs, num_outputs, panels, chunk; /* rows whose inputs stay in the second cache */
+    int relu, bytes;
+} linear_job;
+
+static void linear_piece(const void *about, long piece) {
+    const linear_job *j = about;
+    long p = piece % j->panels, first = piece / j->panels * j->chunk, last = least(first + j->chunk, j->num_rows);
+    long steps = j->num_inputs / STEP, o = p * PANEL;
+    float sums[32 * PANEL] __attribute__((aligned(64)));
+    int low = -1, high = -1;
+    for (long t = first; t < last; t += 32) {
+        int rows = least(last - t, 32);
+        if (low != least(rows, 16) || high != rows - low) {
+            low = least(rows, 16);
+            high = rows - low;
+            configure(low, high);
+        }
+        multiply(j->x + t * j->stride, j->stride, rows, j->packed + p * steps * 1024, steps, sums);
+        finish(sums, rows, least(j->num_outputs - o, PANEL), j->bias ? j->bias + o : 0,
+               j->residual ? j->residual + t * j->num_outputs + o : 0,
+               j->y + (t * j->num_outputs + o) * j->bytes, j->num_outputs, j->relu, j->bytes);
+    }
+    _tile_release();
+}
+
 /* y = relu?(x W^T + b) + residual. x [T, I] with rows `stride` apart, y and residual [T, O]. */
 void metaseq_linear(const bf16 *x, long stride, const bf16 *packed, const bf16 *bias, const bf16 *residual, char *y,
                     long num_rows, long num_inputs, long num_outputs, int relu, int bytes, int threads) {
-    long panels = (num_outputs + PANEL - 1) / PANEL, steps = num_inputs / STEP;
-    long chunk = (1 << 20) / (num_inputs * 2) / 32 * 32; /* rows whose inputs stay in the second cache */
+    long panels = up_to(num_outputs, PANEL) / PANEL, chunk = (1 << 20) / (num_inputs * 2) / 32 * 32;
     if (chunk < 32) chunk = 32;
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[32 * PANEL] __attribute__((aligned(64)));
-        int low = -1, high = -1;
-        for (long first = 0; first < num_rows; first += chunk) {
-            long last = first + chunk < num_rows ? first + chunk : num_rows;
-#pragma omp for schedule(dynamic) nowait /* a core may be taken away meanwhile */
-            for (long p = 0; p < panels; p++) {
-                const bf16 *panel = packed + p * steps * 1024;
-                int num = num_outputs - p * PANEL < PANEL ? num_outputs - p * PANEL : PANEL;
-                for (long t = first; t < last; t += 32) {
-                    int rows = last - t < 32 ? last - t : 32;
-                    if (low != (rows < 16 ? rows : 16) || high != rows - low) {
-                        low = rows < 16 ? rows : 16;
-                        high = rows - low;
-                        configure(low, high);
-                    }
-                    multiply(x + t * stride, stride, rows, panel, steps, sums);
-                    finish(sums, rows, num, bias ? bias + p * PANEL : 0,
-                           residual ? residual + t * num_outputs + p * PANEL : 0,
-                           y + (t * num_outputs + p * PANEL) * bytes, num_outputs, relu, bytes);
-                }
-            }
-        }
-        _tile_release();
-    }
+    linear_job job = {x, packed, bias, residual, y, stride, num_rows, num_inputs, num_outputs, panels, chunk, relu, bytes};
+    share_out(panels * (up_to(num_rows, chunk) / chunk), linear_piece, &job, threads);
 }

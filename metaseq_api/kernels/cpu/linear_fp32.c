@@ -1,50 +1,61 @@
 /* Linear layers in fp32. */
 #include "wide.h"
 
+enum { CHUNK = 96, PART = 256 }; /* rows at once, and of their inputs what fits the first cache beside a panel's */
+
+typedef struct {
+    const float *w;
+    float *packed;
+    long num_outputs, num_inputs;
+} pack_job;
+
+static void pack_panel(const void *about, long p) {
+    const pack_job *j = about;
+    for (long o = 0; o < WIDE; o++) {
+        long from = p * WIDE + o;
+        for (long i = 0; i < j->num_inputs; i++)
+            j->packed[(p * j->num_inputs + i) * WIDE + o] = from < j->num_outputs ? j->w[from * j->num_inputs + i] : 0;
+    }
+}
+
 /* W [O, I] -> [O / 64][I][64], O filled up with zeros. */
 void metaseq_pack_wide(const float *w, float *packed, long num_outputs, long num_inputs, int threads) {
-    long panels = (num_outputs + WIDE - 1) / WIDE;
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < panels; p++)
-        for (long o = 0; o < WIDE; o++) {
-            long from = p * WIDE + o;
-            for (long i = 0; i < num_inputs; i++)
-                packed[(p * num_inputs + i) * WIDE + o] = from < num_outputs ? w[from * num_inputs + i] : 0;
+    pack_job job = {w, packed, num_outputs, num_inputs};
+    share_out(up_to(num_outputs, WIDE) / WIDE, pack_panel, &job, threads);
+}
+
+typedef struct {
+    const float *x, *packed, *bias, *residual;
+    float *y;
+    long stride, num_rows, num_inputs, num_outputs, panels;
+    int relu;
+} linear_job;
+
+static void linear_piece(const void *about, long piece) {
+    const linear_job *j = about;
+    long p = piece % j->panels, first = piece / j->panels * CHUNK, rows = least(j->num_rows - first, CHUNK);
+    long part = rows > TALL ? PART : j->num_inputs, end = least(j->num_outputs, (p + 1) * WIDE);
+    float sums[CHUNK * WIDE] __attribute__((aligned(64)));
+    for (long i = 0; i < j->num_inputs; i += part)
+        for (long t = 0; t < rows; t += TALL)
+            multiply_rows(j->x + (first + t) * j->stride + i, j->stride, least(rows - t, TALL),
+                          j->packed + (p * j->num_inputs + i) * WIDE, least(j->num_inputs - i, part), sums + t * WIDE, WIDE, i > 0);
+    for (long t = 0; t < rows; t++)
+        for (long o = p * WIDE; o < end; o += 16) {
+            __mmask16 mask = lanes(j->num_outputs - o);
+            long at = (first + t) * j->num_outputs + o;
+            __m512 v = _mm512_loadu_ps(sums + t * WIDE + o - p * WIDE);
+            if (j->bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, j->bias + o));
+            if (j->relu) v = _mm512_max_ps(_mm512_setzero_ps(), v); /* or a NaN is lost */
+            if (j->residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, j->residual + at));
+            _mm512_mask_storeu_ps(j->y + at, mask, v);
         }
 }
 
-/* y = relu?(x W^T + b) + residual in fp32; inputs in parts that fit the first cache beside a panel's, rows in chunks. */
+/* y = relu?(x W^T + b) + residual in fp32. */
 void metaseq_linear_wide(const float *x, long stride, const float *packed, const float *bias, const float *residual, float *y,
                          long num_rows, long num_inputs, long num_outputs, int relu, int threads) {
-    enum { CHUNK = 96, PART = 256 };
-    long panels = (num_outputs + WIDE - 1) / WIDE;
-#pragma omp parallel num_threads(threads)
-    {
-        float *sums = aligned_alloc(64, CHUNK * WIDE * 4);
-        for (long first = 0; first < num_rows; first += CHUNK) {
-            long rows = num_rows - first < CHUNK ? num_rows - first : CHUNK;
-            long part = rows > TALL ? PART : num_inputs;
-#pragma omp for schedule(dynamic) nowait /* a core may be taken away meanwhile */
-            for (long p = 0; p < panels; p++) {
-                for (long i = 0; i < num_inputs; i += part) {
-                    long num = num_inputs - i < part ? num_inputs - i : part;
-                    for (long t = 0; t < rows; t += TALL)
-                        multiply_rows(x + (first + t) * stride + i, stride, rows - t < TALL ? rows - t : TALL,
-                                      packed + (p * num_inputs + i) * WIDE, num, sums + t * WIDE, WIDE, i > 0);
-                }
-                for (long t = 0; t < rows; t++)
-                    for (long o = p * WIDE; o < num_outputs && o < (p + 1) * WIDE; o += 16) {
-                        long left = num_outputs - o;
-                        __mmask16 mask = lanes(left);
-                        long at = (first + t) * num_outputs + o;
-                        __m512 v = _mm512_loadu_ps(sums + t * WIDE + o - p * WIDE);
-                        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + o));
-                        if (relu) v = _mm512_max_ps(_mm512_setzero_ps(), v); /* or a NaN is lost */
-                        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + at));
-                        _mm512_mask_storeu_ps(y + at, mask, v);
-                    }
-            }
-        }
-        free(sums);
-    }
+    long panels = up_to(num_outputs, WIDE) / WIDE;
+    linear_job job = {x, packed, bias, residual, y, stride, num_rows, num_inputs, num_outputs, panels, relu};
+    share_out(panels * (up_to(num_rows, CHUNK) / CHUNK), linear_piece, &job, threads);
 }
