@@ -137,6 +137,8 @@ def _table(
 def _read(table: Tensor, asked: Seq[int | None], *, ranked: bool = False) -> tuple[list[Scored], list[float]]:
     """A `_table`'s rows, and the numbers that lay beside them."""
     rows = table.tolist()
+    if table.shape[1] == 2:  # nobody asked for more
+        return [Scored(int(token), None) for token, _ in rows], [row[1] for row in rows]
     most, scored = (table.shape[1] - 3 - ranked) // 2, []
     for k, (token, _, *more) in zip(asked, rows, strict=True):
         own, tops = (more[0], more[1 + ranked :]) if k is not None else (None, [])

@@ -101,11 +101,17 @@ class Scheduler:
         """
         items: list[tuple[Sequence, int]] = []
         budget = self._max_tokens
-        for seq in [s for s in self._running if s.num_uncached == 1 and not s.is_full]:
+        decoding, prefilling = list[Sequence](), list[Sequence]()
+        for seq in self._running:
+            if (num := seq.num_uncached) == 1 and not seq.is_full:
+                decoding.append(seq)
+            elif num > 1:
+                prefilling.append(seq)
+        for seq in decoding:
             if budget and self._grow(seq, 1):
                 items.append((seq, 1))
                 budget -= 1
-        for seq in [s for s in self._running if s.num_uncached > 1]:
+        for seq in prefilling:
             budget -= self._take(seq, budget, items)
         # a sequence scheduled above may since have been preempted for an older one; then nobody new comes in
         still = [(seq, num) for seq, num in items if seq.status is Status.RUNNING]
@@ -163,7 +169,8 @@ class Scheduler:
                 return False
             assert youngest is not seq, "the pool is too small for one sequence"
             self._preempt(youngest)
-        seq.block_ids += self.pool.allocate(max(missing, 0))
+        if missing > 0:
+            seq.block_ids += self.pool.allocate(missing)
         return True
 
     def _next_waiting(self) -> Sequence | None:
