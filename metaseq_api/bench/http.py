@@ -2,7 +2,8 @@
 
 latency   one token, one connection: what the front end adds to each request
 requests  one token, 64 connections: requests a second, beside the engine without HTTP
-streams   256 at once: tokens a second, streamed over HTTP, over the engine's without HTTP
+streams   256 at once: tokens a second, streamed over HTTP, over the engine's without HTTP; and of these decoding alone,
+          which is what the last three quarters of the tokens take: letting 256 requests in costs much of a short answer
 
 Knows what is measured and how the sides take turns. Does not know sockets; `clients` does, in a process of its own.
 """
@@ -104,18 +105,23 @@ def _requests_round(alone: Alone, order: Order, pid: int, load: Load) -> Figures
 
 
 def _streams_round(alone: Alone, order: Order, pid: int, num: int, max_tokens: int) -> Figures:
+    begin, tokens = max_tokens // 4, num * max_tokens
     cpu = time.process_time()
     engine_s = alone.complete(num, max_tokens)
     engine_cpu, before = time.process_time() - cpu, cpu_seconds(pid)
-    bodies = [{**_body(p, max_tokens), "stream": True} for p in _prompts(num)]
-    said = order({"what": "streams", "bodies": bodies})
-    http_s, tokens = max(said["seconds"]), num * max_tokens
+    said = order(_streams(num, max_tokens))
+    server_cpu, http_s = cpu_seconds(pid) - before, max(said["seconds"])
+    decode_s = http_s - max(order(_streams(num, begin))["seconds"])
+    alone_s = engine_s - alone.complete(num, begin)
     return {
         ("engine alone", "tokens/s"): tokens / engine_s,
         ("through HTTP", "tokens/s"): tokens / http_s,
         ("of the engine's", "share"): engine_s / http_s,
         ("the engine's CPU for a token", "us"): engine_cpu / tokens * 1e6,
-        ("the server's CPU for a token", "us"): (cpu_seconds(pid) - before) / tokens * 1e6,
+        ("engine alone, decoding", "tokens/s"): num * (max_tokens - begin) / alone_s,
+        ("through HTTP, decoding", "tokens/s"): num * (max_tokens - begin) / decode_s,
+        ("of the engine's, decoding", "share"): alone_s / decode_s,
+        ("the server's CPU for a token", "us"): server_cpu / tokens * 1e6,
         ("the clients' CPU for a token", "us"): said["cpu"] / tokens * 1e6,
     }
 
@@ -127,6 +133,10 @@ def _prompts(num: int) -> list[list[int]]:
 
 def _body(prompt: list[int], max_tokens: int) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def _streams(num: int, max_tokens: int) -> dict[str, Any]:
+    return {"what": "streams", "bodies": [{**_body(p, max_tokens), "stream": True} for p in _prompts(num)]}
 
 
 def _requests(num: int, num_each: int) -> dict[str, Any]:

@@ -216,7 +216,7 @@ class Engine:
             self._channel.send_heartbeat()  # requests may have come that needed no step
         idle = not self._book and self._unread is None
         if idle:
-            self._scheduler.check_idle()
+            self._scheduler.count_idle()
         while True:
             try:
                 ticket, what = self._inbox.get(timeout=self._heartbeat_s) if idle else self._inbox.get_nowait()

@@ -143,8 +143,14 @@ class Scheduler:
                 if seq.seq_id in tokens:
                     seq.token_ids.append(tokens[seq.seq_id])
 
+    def count_idle(self) -> None:
+        """Assert that no block was leaked, when nothing waits or runs: by counting, which costs no request any time."""
+        if not self.num_waiting and not self._running:
+            assert not self._coming
+            assert self.pool.num_free == self.pool.num_blocks, (self.pool.num_free, self.pool.num_blocks)
+
     def check_idle(self) -> None:
-        """Assert that nothing was leaked, when nothing waits or runs."""
+        """The same and more, block by block: 1.5 ms for 16384 of them (2026-11-29)."""
         if not self.num_waiting and not self._running:
             assert not self._coming
             self.pool.check_idle()

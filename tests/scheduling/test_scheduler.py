@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,6 +162,20 @@ def test_a_full_pool_makes_the_request_wait() -> None:
         step = run(s)
         assert len(step.sequences) == 1
     s.check_idle()
+
+
+def test_a_leaked_block_is_noticed_when_nothing_runs() -> None:
+    s = scheduler(num_blocks=5, block_size=4)
+    s.count_idle()
+    held = s.pool.allocate(1)
+    for check in (s.count_idle, s.check_idle):
+        with pytest.raises(AssertionError):
+            check()
+    s.pool.free(held)
+    s.count_idle()
+    s.add(seq(0, 12, max_tokens=4))
+    run(s)
+    s.count_idle()  # what runs may hold some
 
 
 def test_the_youngest_gives_way_and_its_tokens_are_kept() -> None:
