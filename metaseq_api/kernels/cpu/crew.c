@@ -7,7 +7,6 @@
  * One job at a time. Another caller meanwhile does its own alone.
  */
 #define _GNU_SOURCE
-#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -17,7 +16,7 @@
 
 #include "cpu.h"
 
-enum { LOOKS = 300 }; /* before a thread sleeps */
+enum { LOOKS = 1000 }; /* before a thread sleeps: some 50 us, in which the next layer's job comes */
 
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
 static do_piece *doing; /* the job's; nobody looks at these two but who has taken a piece, and then they stay */
@@ -28,7 +27,7 @@ static _Atomic int asleep, awaited, wanted;
 static int hired;
 
 static void wait_while(_Atomic uint32_t *at, uint32_t value) { syscall(SYS_futex, at, FUTEX_WAIT_PRIVATE, value, 0, 0, 0); }
-static void wake(_Atomic uint32_t *at) { syscall(SYS_futex, at, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0); }
+static void wake(_Atomic uint32_t *at, long most) { syscall(SYS_futex, at, FUTEX_WAKE_PRIVATE, (int)most, 0, 0, 0); }
 
 static void work(void) {
     for (;;) {
@@ -36,7 +35,7 @@ static void work(void) {
         if ((uint32_t)taken >= taken >> 32) return;
         doing(about, (uint32_t)taken);
         atomic_fetch_add(&done, 1);
-        if (atomic_load(&awaited)) wake(&done);
+        if (atomic_load(&awaited)) wake(&done, 1);
     }
 }
 
@@ -78,7 +77,7 @@ void share_out(long pieces, do_piece *piece, const void *job, int threads) {
     atomic_store(&wanted, threads - 1);
     atomic_store(&ticket, (uint64_t)pieces << 32);
     atomic_fetch_add(&calls, 1);
-    if (atomic_load(&asleep)) wake(&calls);
+    if (atomic_load(&asleep)) wake(&calls, least(threads, pieces) - 1);
     work();
     for (int i = 0; i < LOOKS && atomic_load(&done) < pieces; i++) _mm_pause();
     atomic_store(&awaited, 1);
