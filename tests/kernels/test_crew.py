@@ -66,9 +66,9 @@ def test_a_forked_process_has_no_threads_and_does_the_work_itself() -> None:
 
 
 def test_torchs_threads_rest_where_ours_compute() -> None:
-    code = "import os, metaseq_api; print(os.environ.get('OMP_WAIT_POLICY'))"
+    code = "import os, metaseq_api; print(os.environ.get('GOMP_SPINCOUNT'))"
     waits = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     clean = {k: v for k, v in os.environ.items() if k not in waits}
-    for given, want in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, "None")):
+    for given, want in (({}, "5000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "9"}, "9")):
         said = subprocess.check_output([sys.executable, "-c", code], env=clean | given, text=True)
         assert said.strip() == want
