@@ -1,4 +1,4 @@
-"""What this machine, or a job's share of it, can still give. Knows /proc and control groups; not who asks."""
+"""What this machine is and, or a job's share of it, can still give. Knows /proc and control groups; not who asks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def has_amx() -> bool:
+def has_amx(about: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this machine's processors multiply by tiles, so that kernels of our own may serve (`kernels.native`)."""
-    with Path("/proc/cpuinfo").open() as lines:
+    if not about.exists():  # not Linux, from where one may yet ask a server
+        return False
+    with about.open() as lines:
         return "amx_bf16" in next((line for line in lines if line.startswith("flags")), "").split()
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from metaseq_api.kernels.native import native
+from metaseq_api.machine import has_amx
 
 OWN = native()
 pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
@@ -72,3 +74,14 @@ def test_torchs_threads_rest_where_ours_compute() -> None:
     for given, want in (({}, "5000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "9"}, "9")):
         said = subprocess.check_output([sys.executable, "-c", code], env=clean | given, text=True)
         assert said.strip() == want
+
+
+def test_a_machine_that_says_nothing_of_tiles_has_none(tmp_path: Path) -> None:
+    about = tmp_path / "cpuinfo"
+    assert not has_amx(about)
+    about.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert not has_amx(about)
+    about.write_text("processor\t: 0\nflags\t\t: fpu avx512f\n")
+    assert not has_amx(about)
+    about.write_text("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n")
+    assert has_amx(about)
