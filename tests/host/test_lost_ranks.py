@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -68,9 +69,13 @@ def test_an_idle_service_outlives_its_timeout_many_times(supervised: Service) ->
 
 def test_sigquit_writes_every_stack_and_changes_nothing(supervised: Service) -> None:
     assert supervised.texts(prompt="x", max_tokens=1)  # it says that it is ready a moment before its engine runs
-    supervised.process.send_signal(signal.SIGQUIT)
-    said(supervised, "in receive")
-    said(supervised, "in _take_in")
+    shown, lines = {"in receive", "in _take_in"}, supervised.lines
+    for _ in range(20):  # just after an answer a rank may yet be in its last step
+        supervised.process.send_signal(signal.SIGQUIT)
+        with contextlib.suppress(AssertionError):
+            until(lambda: all(any(w in x for x in lines) for w in shown), "every stack", 1)
+            break
+    assert all(any(w in x for x in lines) for w in shown), lines
     assert supervised.texts(prompt="x", max_tokens=1)
 
 
