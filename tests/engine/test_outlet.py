@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -14,15 +15,19 @@ import pytest
 from support.engines import ask, running_engine
 from support.processes import until
 
-from metaseq_api.core import Delta, Request, SamplingParams, line
+from metaseq_api.core import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, line
 from metaseq_api.core.line import Line, written
 from metaseq_api.engine import outlet
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
 from metaseq_api.errors import EngineStopped, NotBegun, Overloaded, RequestError
-from metaseq_api.server.remote import Facts, RemoteEngine
+from metaseq_api.server.remote import Facts, RemoteEngine, _delta
 from metaseq_api.tokenizer import Tokenizer
+
+LOGPROBS = TokenLogprobs(
+    tokens=("a", "b"), token_logprobs=(None, -0.5), top_logprobs=(None, {"b": -0.5, "c": -1.5}), text_offset=(0, 1)
+)
 
 
 class Pair:
@@ -116,6 +121,18 @@ def test_an_echoed_prompt_with_its_scores_is_not_written_down_by_the_engines_thr
     few = set().union(*(names for num, names in writers.items() if num <= outlet.FEW))
     many = set().union(*(names for num, names in writers.items() if num > outlet.FEW))
     assert (many, "line sends" in few, bool(few)) == ({"line sends"}, False, True)
+
+
+@pytest.mark.parametrize("logprobs", [None, LOGPROBS], ids=["bare", "scored"])
+@pytest.mark.parametrize("reason", [None, *FinishReason])
+def test_a_delta_comes_as_it_was_and_of_the_same_types(
+    reason: FinishReason | None, logprobs: TokenLogprobs | None
+) -> None:
+    told = Delta(0, 1, "text \u20ac", 3, reason, logprobs)
+    (plain,) = json.loads(written(told)[4:])
+    came = _delta(*plain)
+    assert came == told
+    assert list(map(type, came)) == list(map(type, told))
 
 
 def test_what_is_refused_is_refused_by_name(pair: Pair) -> None:
