@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from typing import Any, NoReturn
 
 from metaseq_api import log
@@ -31,7 +30,7 @@ from metaseq_api.tokenizer import Tokenizer, find_files
 
 
 class Front:
-    """Hears one line, in a thread of its own, and serves in the caller's."""
+    """Hears one line and serves, both in the caller's thread: what a step told goes out without a change of threads."""
 
     def __init__(self, order: FrontOrder, line: Line) -> None:
         settings, facts = order.settings, Facts(**order.facts)
@@ -41,36 +40,41 @@ class Front:
         self._app = create_app(self.engine, settings)
         self._sock = socket.socket(fileno=order.listen_fd)
         self._server: Server | None = None
-        self._begun = threading.Event()
-        self._lost = False
+        self._stopped = False
 
     def run(self) -> None:
         """Serve when told, until told otherwise, or rank 0 has gone."""
-        threading.Thread(target=self._hear, name="line", daemon=True).start()
-        self._begun.wait()
+        for message in self._line.messages():
+            self._handle(*message)
+            if self._server is not None or self._stopped:
+                break
         if self._server is not None:
+            self._server.attend(self._line.fileno(), self._hear)
+            self._hear()  # of what came along with that message nothing else would tell
             self._server.run()
 
-    def _hear(self) -> None:
-        try:
-            for what, *of in self._line.messages():
-                self._handle(what, *of)
-        finally:  # whatever happened: nobody waits for an answer that does not come
+    def _hear(self) -> bool:
+        """Handle what has come; whether there may be more."""
+        heard = self._line.heard()
+        for message in heard or ():
+            self._handle(*message)
+        if heard is None:
             self.engine.lose()
             self._line.hang_up()
             self._stop(0)
+        return heard is not None
 
     def _handle(self, what: str, *of: Any) -> None:
         if what == "serve":
             self._serve()
-        elif what == "hang_up":
-            if self._server is not None:
-                self._server.hang_up()
         elif what == "stop":
             self._stop(*of)
-        elif self._server is not None:
-            with self._server.holding():
-                self.engine.hear(what, *of)
+        elif self._server is None:
+            assert what == "hang_up", what
+        elif what == "hang_up":
+            self._server.hang_up()
+        else:
+            self.engine.hear(what, *of)
 
     def _serve(self) -> None:
         """Listen, or say why not."""
@@ -80,13 +84,11 @@ class Front:
             self._line.send("refused", error_to_plain(e))  # and rank 0 ends this process
         else:
             self._line.send("serving")
-            self._begun.set()
 
     def _stop(self, grace_s: float) -> None:
-        """In a thread of its own: answers still come by the line meanwhile."""
-        self._begun.set()
+        self._stopped = True
         if self._server is not None:
-            threading.Thread(target=self._server.stop, args=(grace_s,), name="stop", daemon=True).start()
+            self._server.stop(grace_s)
 
 
 def main() -> NoReturn:

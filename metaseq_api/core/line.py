@@ -40,7 +40,7 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._said = sock.makefile("rb")
+        self._said = bytearray()
         self._out: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._order = threading.Lock()
         self._num_left = 0  # messages that the thread has not sent yet
@@ -59,17 +59,25 @@ class Line:
                 self._num_left += 1
                 self._out.put(message)
 
+    def fileno(self) -> int:
+        """Of the socket: to wait for what `heard` would read."""
+        return self._sock.fileno()
+
     def messages(self) -> Iterator[list[Any]]:
-        """What the other side says, until it has gone."""
-        while not self._said.closed and len(head := self._read(_HEAD.size)) == _HEAD.size:
-            (length,) = _HEAD.unpack(head)
-            data = self._read(length)
-            if len(data) < length:
+        """What the other side says, waiting for it, until it has gone."""
+        while True:
+            while (message := self._cut()) is not None:
+                yield message
+            if not self._read(0):
                 break
-            yield json.loads(data)
         self.hang_up()
-        self._said.close()
         self._sock.close()
+
+    def heard(self) -> list[list[Any]] | None:
+        """What the other side has said by now, without waiting; None once it has gone."""
+        goes_on = self._read(socket.MSG_DONTWAIT)
+        heard = list(iter(self._cut, None))
+        return heard if heard or goes_on else None
 
     def hang_up(self) -> None:
         """Have whoever receives, at either end, find that the other has gone."""
@@ -77,11 +85,28 @@ class Line:
         with contextlib.suppress(OSError):  # the other side was quicker
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def _read(self, num: int) -> bytes:
+    def _read(self, flags: int) -> bool:
+        """Read some of what has come; whether there may be more some time."""
         try:
-            return self._said.read(num)
+            data = self._sock.recv(_LARGE, flags)
+        except BlockingIOError:
+            return True
         except OSError:  # reset: it died with something unread
-            return b""
+            return False
+        self._said += data
+        return bool(data)
+
+    def _cut(self) -> list[Any] | None:
+        """The next whole message of what was read."""
+        said = self._said
+        if len(said) < _HEAD.size:
+            return None
+        end = _HEAD.size + _HEAD.unpack_from(said)[0]
+        if len(said) < end:
+            return None
+        message: list[Any] = json.loads(said[_HEAD.size : end].decode("ascii"))
+        del said[:end]
+        return message
 
     def _send_at_once(self, message: bytes) -> int:
         """How much of it the socket takes now; of what nobody will hear any more, all."""

@@ -19,15 +19,13 @@ class PendingAnswer:
     """Implements core.protocols.Answer, but for `cancel`."""
 
     def __init__(self) -> None:
-        self._ended = threading.Event()
+        self.ended = False
+        self._ended = threading.Event()  # the same, for those who wait
         self._completions: list[Completion] = []
         self._error: MetaseqApiError | None = None
         self._deltas: deque[Delta] = deque()
         self._wake: Callable[[], None] | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
+        self._hear: Callable[[Delta], bool] | None = None
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """Units: seconds. Raises: TimeoutError; else what the request ended with."""
@@ -41,6 +39,9 @@ class PendingAnswer:
         self._wake = wake
         if self._deltas or self.ended:  # before anybody watched
             wake()
+
+    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
+        self._hear = hear
 
     def take(self) -> list[Delta]:
         """Raises: what the request ended with, once nothing is left."""
@@ -66,9 +67,12 @@ class PendingAnswer:
 
     # whoever fills it
 
-    def push(self, delta: Delta) -> None:
-        """Something to stream; `notify` tells of it."""
+    def push(self, delta: Delta) -> bool:
+        """Something to stream; whether it waits to be taken, and `notify` is to tell of it."""
+        if self._hear is not None and not self._deltas and self._hear(delta):
+            return False
         self._deltas.append(delta)
+        return True
 
     def notify(self) -> None:
         """Wake whoever watches this."""
@@ -78,11 +82,13 @@ class PendingAnswer:
     def end(self, completions: list[Completion]) -> None:
         """Hand the answer over; `notify` tells those who watch."""
         self._completions = completions
+        self.ended = True
         self._ended.set()
 
     def fail(self, error: MetaseqApiError) -> None:
         """End with an error, and wake whoever watches. The first ending counts."""
         if not self.ended:
             self._error = error
+            self.ended = True
             self._ended.set()
             self.notify()

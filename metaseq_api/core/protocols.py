@@ -55,6 +55,13 @@ class Answer(Protocol):
         """
         ...
 
+    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
+        """Streamed: have each delta handed to `hear` in the thread that makes it, unless others wait to be taken.
+
+        One that it does not want (False) waits to be taken. It must neither block nor fail.
+        """
+        ...
+
     def take(self) -> list[Delta]:
         """Streamed: what came since the last call, without waiting; [] where nothing did.
 

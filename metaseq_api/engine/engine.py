@@ -69,7 +69,6 @@ class Engine:
         self._book = Book(tokenizer)
         self._words = Words(self._book, scheduler, self.stats, results, self._drop)
         self._unread: Reading | None = None
-        self._after_turn: Callable[[], None] = lambda: None
         self._deadlines = Deadlines()
         self._num_queued = 0
         self._drain = DrainRate()
@@ -102,8 +101,9 @@ class Engine:
         return self._tokenizer.decode(token_ids)
 
     def after_turn(self, call: Callable[[], None]) -> None:
-        """Have this called at the end of each turn, when whoever streams was woken, and of all; it must not fail."""
-        self._after_turn = call
+        """Have this called whenever whoever streams was woken: in a turn, at its end, and at that of all. It must not
+        fail."""
+        self._words.then = call
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -203,12 +203,12 @@ class Engine:
         self._take_in()
         for ticket in self._deadlines.over(time.monotonic()):
             self._run_out(ticket)
-        self._notify()  # of echoes, before the step
+        self._words.notify()  # of echoes, before the step
         step = self._scheduler.schedule()
         if step is not None or self._unread is not None:
             with torch.inference_mode(), self._pulse.beating():
                 self._run(step)
-        self._notify()
+        self._words.notify()
 
     def _take_in(self) -> None:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
@@ -267,7 +267,7 @@ class Engine:
         logits = next(parts, None)
         if before is not None:
             self._see_to(before)
-            self._notify()
+            self._words.notify()
         while logits is not None:
             read.take(logits)
             logits = next(parts, None)
@@ -304,10 +304,6 @@ class Engine:
         self.stats.prefix_queries = scheduler.prefix_queries_tokens
         self.stats.prefix_hits = scheduler.prefix_hits_tokens
 
-    def _notify(self) -> None:
-        self._words.notify()
-        self._after_turn()
-
     def _give_up(self, ticket: Ticket) -> None:
         if ticket not in self._book:  # cancelled meanwhile
             return
@@ -341,7 +337,7 @@ class Engine:
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""
-        self._notify()
+        self._words.notify()
         for ticket in self._book.tickets:
             ticket.fail(EngineStopped(self._stopped))
             self._drop(ticket)
@@ -351,7 +347,7 @@ class Engine:
                 ticket.fail(EngineStopped(self._stopped))
                 with self._lock:
                     self._num_queued -= ticket.num_sequences
-        self._after_turn()
+        self._words.notify()
 
 
 _WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)

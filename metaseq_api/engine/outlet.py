@@ -1,8 +1,10 @@
 """The engine's end of the line to its front end, a process of its own: what comes is submitted, what is told is sent.
 
     from the front end   submit number request | cancel number | health number | stats number
-    to it                told [[number, deltas] ...] | part number completion | answered number | failed number error
-                         health number value | stats number value
+    to it                words [number ...] [text ...] | told [[number, deltas] ...] | part number completion
+                         answered number | failed number error | health number value | stats number value
+
+A word is what nearly every delta is: the text of one more token of a request's only sample.
 
 One thread hears. What a turn of the engine told is written down by the engine's own thread at the end of the turn, in
 one message, for two threads that compute in Python hold each other up; only what is large is left to the line's thread.
@@ -41,6 +43,7 @@ class Outlet:
     def __init__(self, engine: Engine, line: Line, gone: Callable[[], None]) -> None:
         self._engine, self._line, self._gone = engine, line, gone
         self._answers: dict[int, tuple[Answer, Request]] = {}
+        self._words: deque[tuple[int, str]] = deque()
         self._noted: deque[int] = deque()
         self._telling = threading.Lock()
 
@@ -81,18 +84,29 @@ class Outlet:
         if request.stream:
             self._line.send("told", [[number, []]])  # it is admitted: the head of the answer may go out
         self._answers[number] = answer, request
+        answer.hand_to(functools.partial(self._add_word, number))
         answer.watch(functools.partial(self._noted.append, number))  # there is something to take, or it has ended
         if self._noted:  # already, and the engine may have nothing to do
             self._tell()
 
     # the engine's thread
 
+    def _add_word(self, number: int, delta: Delta) -> bool:
+        """Take a delta that is a word."""
+        prompt, sample, text, num_tokens, reason, logprobs = delta
+        if num_tokens != 1 or reason is not None or logprobs is not None or prompt or sample:
+            return False
+        self._words.append((number, text))
+        return True
+
     def _tell(self) -> None:
         """Write down what there is to tell."""
         with self._telling:
+            # first: a word that comes from here on may belong behind what was noted
+            words = [self._words.popleft() for _ in range(len(self._words))]
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
-            if not noted:
-                return
+            if words:
+                self._line.send("words", *zip(*words, strict=True))
             told: list[Any] = []
             rest = [message for number in dict.fromkeys(noted) for message in self._take(number, told)]
             if told:

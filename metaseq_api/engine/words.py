@@ -17,9 +17,14 @@ from metaseq_api.engine.track import Track
 from metaseq_api.scheduling.scheduler import Scheduler
 from metaseq_api.tokenizer import EOS_ID
 
+PORTION = 32
+"""Units: tokens. So many are told at a time: the front end, on a core of its own, says them while the next are written
+down, and while the next step is planned; when that computes on all cores it is done."""
+
 
 class Words:
-    """Called by the engine's thread alone. `forget` drops a request that has ended."""
+    """Called by the engine's thread alone. `forget` drops a request that has ended; `then` is called whenever whoever
+    streams was woken."""
 
     def __init__(
         self,
@@ -32,10 +37,11 @@ class Words:
         self._book, self._scheduler, self._stats, self._results = book, scheduler, stats, results
         self._forget = forget
         self._told: set[Ticket] = set()
+        self.then: Callable[[], None] = lambda: None
 
     def add(self, tokens: Mapping[int, Scored]) -> None:
         """Tokens by seq_id, each the last of its sequence."""
-        for seq_id, scored in tokens.items():
+        for at, (seq_id, scored) in enumerate(tokens.items(), 1):
             track = self._book.find(seq_id)
             if track is not None:
                 track.take(scored, EOS_ID)
@@ -43,6 +49,8 @@ class Words:
                     self.end(track)
                 elif track.teller is not None:
                     self.tell(track, track.teller.tell())
+            if at % PORTION == 0:
+                self.notify()
 
     def end(self, track: Track) -> None:
         """A sample is done: hand it over, and forget the request when it was the last."""
@@ -63,12 +71,12 @@ class Words:
 
     def tell(self, track: Track, delta: Delta | None) -> None:
         """Something to stream, if there is."""
-        if delta is not None:
-            track.ticket.push(delta)
+        if delta is not None and track.ticket.push(delta):
             self._told.add(track.ticket)
 
     def notify(self) -> None:
-        """Wake those that were told something: not before the rest is done, for they compete for the interpreter."""
+        """Wake those that were told something: many at once, for they compete for the interpreter."""
         for ticket in self._told:
             ticket.notify()
         self._told.clear()
+        self.then()

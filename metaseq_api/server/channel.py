@@ -11,7 +11,9 @@ Knows waitress's channels and tasks. Does not know the app, or what a stream say
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -97,8 +99,8 @@ class _Task(WSGITask):  # type: ignore[misc]
 class Channel(HTTPChannel):  # type: ignore[misc]
     """One connection.
 
-    The server it belongs to has `wake`, by which the thread of all sockets calls `handle_write`, and `hanging_up`:
-    whether an answer is to end its connection.
+    The server it belongs to has `wake`, by which the thread of all sockets feeds it, `sockets`, that wait for it,
+    and `hanging_up`: whether an answer is to end its connection.
     """
 
     task_class = _Task
@@ -106,6 +108,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     requests: list[Any]
     served = False
     """Whether it ever brought a request."""
+    changed = True
+    """Whether it may wait for something else than before it was last fed."""
     _stream: Stream | None = None
     _chunked = False
     _largest = 0
@@ -117,6 +121,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.served = True
         with contextlib.suppress(_TakenOver):
             super().service()
+            self.server.wake(self)  # to be read, or closed, or flushed
+
+    def write_soon(self, data: bytes) -> int:
+        if self.total_outbufs_len:  # more than was sent at once; this may wait for that
+            self.server.wake(self)
+        num: int = super().write_soon(data)
+        return num
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        here = threading.get_ident() == self._home
+        num: int = super().send(data, do_close and here)  # only the thread that has all sockets may close one
+        return num
 
     def when_gone(self, call: Callable[[], None] | None) -> None:
         """Have this called, once or twice, when the client goes away before the request has ended."""
@@ -127,28 +143,37 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def begin(self, stream: Stream, *, chunked: bool) -> None:
         """Leave a stream, the head of which was written, to the thread of all sockets."""
         self._chunked, self._stream = chunked, stream
-        stream.watch(self._wake)
-        self._wake()
-
-    def _wake(self) -> None:
-        self.server.wake(self)
+        wake = functools.partial(self.server.wake, self)
+        stream.watch(wake)
+        wake()
 
     # what the thread of all sockets calls
 
-    def handle_write(self) -> None:
+    def add_channel(self, map: dict[int, Any] | None = None) -> None:
+        super().add_channel(map)
+        self._home = threading.get_ident()
+        self.server.wake(self)
+
+    def del_channel(self, map: dict[int, Any] | None = None) -> None:
+        self.server.sockets.forget(self)
+        super().del_channel(map)
+
+    def handle_write_event(self) -> None:
+        """Send what its stream has by now, and what there is besides."""
+        stream, self.changed = self._stream, True
         if not self.connected:
             self._leave()
             return
-        if self._stream is not None:
-            self._send(self._stream, self._stream.take())
-        going_on = self._stream is not None and not self.total_outbufs_len  # nothing that waitress would see to
-        if self.connected and not going_on:
-            super().handle_write()
+        if stream is not None:
+            self.changed = self._send(stream, stream.take())
+        if self.changed and self.writable():
+            self.handle_write()
 
     def give_up(self) -> None:
         """End the stream, if there is one: the server stops."""
         if self._stream is not None:
             self._send(self._stream, self._stream.give_up(stopping()))
+            self.server.wake(self)
 
     def handle_close(self) -> None:
         super().handle_close()
@@ -162,35 +187,46 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if stream is not None:
             stream.leave()
 
-    def _send(self, stream: Stream, data: bytes) -> None:
-        """Send a part of the stream, and its end where that was the last one."""
-        self._largest = max(self._largest, len(data))
-        if not stream.ended and self.total_outbufs_len + len(data) > MAX_UNREAD + self._largest:
-            data += stream.give_up(too_slow(self.total_outbufs_len + len(data)))
-        if data:
-            if self._chunked:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            if stream.ended and self._chunked:
-                data += b"0\r\n\r\n"
-            try:
-                self._write(data)
-            except OSError:
-                self.handle_close()
-        if stream.ended and self.connected:
-            self._stream = None
-            with self.requests_lock:
-                self.close_when_flushed = True
-                for request in self.requests:
-                    request.close()
-                self.requests = []
+    def _send(self, stream: Stream, data: bytes) -> bool:
+        """Send a part of the stream, and its end where that was the last one; whether all went as it usually does not.
 
-    def _write(self, data: bytes) -> None:
-        """Into the socket, and what that does not take into the buffer that waitress flushes when it does."""
-        if not self.total_outbufs_len:
-            data = data[self.send(data) :]
-            self.last_activity = time.time()
+        What the socket does not take goes into the buffer that waitress flushes when it does.
+        """
+        waiting = self.total_outbufs_len
+        if len(data) > self._largest:
+            self._largest = len(data)
+        if waiting and not stream.ended and waiting + len(data) > MAX_UNREAD + self._largest:
+            data += stream.give_up(too_slow(waiting + len(data)))
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if stream.ended and self._chunked:
+            data += b"0\r\n\r\n"
+        if data and not waiting:
+            data = data[self._send_now(data) :]
         if data and self.connected:
             with self.outbuf_lock:
                 self.outbufs[-1].append(data)
                 self.current_outbuf_count += len(data)
                 self.total_outbufs_len += len(data)
+        if stream.ended and self.connected:
+            self._end()
+        return stream.ended or bool(data) or waiting > 0
+
+    def _send_now(self, data: bytes) -> int:
+        try:
+            return self.socket.send(data)  # type: ignore[no-any-return]
+        except BlockingIOError:
+            return 0
+        except OSError:  # it has gone
+            self.handle_close()
+            return len(data)
+
+    def _end(self) -> None:
+        """The stream has ended, and with it this connection, once all is sent."""
+        self._stream = None
+        self.last_activity = time.time()
+        with self.requests_lock:
+            self.close_when_flushed = True
+            for request in self.requests:
+                request.close()
+            self.requests = []

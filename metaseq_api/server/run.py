@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from flask import Flask
 from waitress import wasyncore
@@ -25,6 +25,7 @@ from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
 from metaseq_api.server.doorway import keep_out
 from metaseq_api.server.port import explain
+from metaseq_api.server.sockets import Ear, Sockets
 
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
@@ -72,11 +73,16 @@ class Server:
         except OSError as e:
             sock.close()
             raise explain(e, host, port) from None
+        self._ready: deque[Channel] = deque()
+        self._awake = False
         self._waitress.channel_class = Channel
         self._waitress.wake = self._wake
+        self._waitress.pull_trigger = self._rouse
+        self._waitress.maintenance = self._close_silent
+        self._waitress.sockets = self._sockets = Sockets(self._waitress._map)
         self._waitress.hanging_up = False
-        self._ready: deque[Channel] = deque()
-        self._awake = self._holding = False
+        for one in self._waitress._map.values():
+            self._sockets.look_at(one)
         self._trigger_lock = threading.RLock()  # a signal handler may stop the thread that holds it
         self._stop_at: float | None = None
         self._runner: threading.Thread | None = None
@@ -91,6 +97,8 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop`, then let running requests finish within its grace."""
+        if self._ended.is_set():
+            return
         self._runner = threading.current_thread()
         try:
             while self._stop_at is None:
@@ -119,31 +127,45 @@ class Server:
             if self._runner is not threading.current_thread():
                 self._ended.wait()
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Feed whom a step of the engine has something for in one go, at the end of this. One thread at a time.
+    def attend(self, fd: int, hear: Callable[[], bool]) -> None:
+        """Have the thread of all sockets call `hear` when there is something to read; until that returns False.
 
-        By itself the first of them wakes the thread of all sockets, which takes the interpreter from whoever is about
-        to wake the next: 256 streams took six turns a step.
+        What `hear` wakes is fed when it returns, all in one go. What it raises ends the server. Before `run`.
         """
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-            if self._ready:
-                self._rouse()
+        ear = Ear(fd, hear)
+        self._waitress._map[fd] = ear
+        self._sockets.look_at(ear)
+
+    # the thread of all sockets
 
     def _poll(self, timeout_s: float) -> None:
-        wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._waitress._map, count=1)
+        self._feed()
+        self._sockets.look_at(self._waitress)  # which may have let in as many as it may
+        happened = self._sockets.wait(timeout_s)
+        self._awake = True
+        for one, flags in happened:
+            wasyncore.readwrite(one, flags)
+            self._sockets.look_at(one)
         self._awake = False  # before, not after: whoever comes while these are fed pulls the trigger again
+        self._feed()
+
+    def _feed(self) -> None:
         while self._ready:
-            wasyncore.write(self._ready.popleft())  # what fails in one costs that connection, as with any other event
+            channel = self._ready.popleft()
+            wasyncore.write(channel)  # what fails in one costs that connection, as with any other event
+            if channel.changed:
+                self._sockets.look_at(channel)
+
+    def _close_silent(self, now: float) -> None:
+        type(self._waitress).maintenance(self._waitress, now)
+        self._ready.extend(self._waitress.active_channels.values())
+
+    # any thread
 
     def _wake(self, channel: Channel) -> None:
-        """Have a channel's handle_write called soon. Any thread, at any time, also when this server has ended."""
+        """Have a channel fed, and asked what it waits for, soon. Any thread, at any time, also when this has ended."""
         self._ready.append(channel)
-        if not self._holding:
+        if not self._awake:
             self._rouse()
 
     def _rouse(self) -> None:
@@ -155,7 +177,7 @@ class Server:
         """Have the thread of all sockets look up from its wait."""
         with self._trigger_lock:  # behind a closed trigger's descriptor there may be another file by now
             if not self._ended.is_set():
-                self._waitress.pull_trigger()
+                self._waitress.trigger.pull_trigger()
 
     def _drain(self) -> None:
         self.hang_up()
@@ -183,6 +205,7 @@ class Server:
                 break
             self._waitress.handle_accept()  # the kernel has answered them: closing would break them off
         self._waitress.accepting = False
+        self._sockets.forget(self._waitress)
         with contextlib.suppress(OSError):  # closed before
             self._sock.shutdown(socket.SHUT_RDWR)  # also where another process holds the socket too
         wasyncore.dispatcher.close(self._waitress)
@@ -212,3 +235,4 @@ class Server:
             with self._trigger_lock:
                 self._ended.set()
                 self._waitress.trigger.close()
+                self._sockets.close()

@@ -67,9 +67,10 @@ class Stream:
             deltas = self._answer.take()
         except MetaseqApiError as e:
             return self._fail(e)
-        if len(deltas) > 1:
-            deltas = merge(deltas)
-        events = "".join(map(self._render, deltas)).encode()
+        if len(deltas) == 1:
+            events = self._render(deltas[0]).encode()
+        else:
+            events = "".join(map(self._render, merge(deltas))).encode()
         if not ended:
             return events
         try:
@@ -110,14 +111,16 @@ class Stream:
             self.leave()
 
     def _render(self, delta: Delta) -> str:
-        self._count(delta)
-        index = delta.prompt_index * self._n + delta.sample_index
-        reason = "null"
-        if delta.finish_reason is not None:
-            reason = f'"{delta.finish_reason.value}"'
-        logprobs = "null" if delta.logprobs is None else json.dumps(schema.render_logprobs(delta.logprobs))
-        choice = f'{{"index": {index}, "text": {quote(delta.text)}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
-        return f"{self._head}{choice}{self._tail}"
+        prompt, sample, text, num_tokens, reason, logprobs = delta
+        index = prompt * self._n + sample
+        if reason is None and logprobs is None:  # nearly every one
+            self._num_tokens += num_tokens
+            end = '"logprobs": null, "finish_reason": null'
+        else:
+            self._count(delta)
+            scores = "null" if logprobs is None else json.dumps(schema.render_logprobs(logprobs))
+            end = f'"logprobs": {scores}, "finish_reason": {json.dumps(reason and reason.value)}'
+        return f'{self._head}{{"index": {index}, "text": {quote(text)}, {end}}}{self._tail}'
 
     def _count(self, delta: Delta) -> None:
         self._num_tokens += delta.num_tokens

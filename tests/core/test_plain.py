@@ -127,7 +127,6 @@ def test_who_dies_with_something_unread_has_gone_like_any_other(lines: tuple[Lin
     here, there = lines
     here.send("unread")
     until(lambda: not here._out.qsize(), "it to be sent")
-    there._said.close()
     there._sock.close()
     assert list(here.messages()) == []
 
