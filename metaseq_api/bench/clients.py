@@ -18,9 +18,6 @@ from typing import Any
 from metaseq_api.bench.watching import watched
 
 PATH = "/v1/completions"
-REST_S = 0.002
-"""Units: seconds that clients of streams rest after each look: else each token of a stream wakes them, on the core of a
-server that would go on, which clients elsewhere do not do."""
 _DONE = b"data: [DONE]"
 
 
@@ -80,7 +77,6 @@ def streams(host: str, port: int, bodies: list[bytes]) -> list[float]:
             ended.append(time.perf_counter() - began)
             poller.unregister(fd)
             socks.pop(fd).close()
-        time.sleep(REST_S)
     return ended
 
 
