@@ -56,3 +56,23 @@ def test_what_is_said_to_nobody_is_no_error_and_the_end_is_heard(ends: Ends) -> 
     for _ in range(3):
         here.send("anybody?", LONG)
     assert list(here.messages()) == []
+
+
+def test_what_has_come_is_heard_without_waiting_and_only_whole() -> None:
+    here, sock = socket.socketpair()
+    with here:
+        line = Line(sock)
+        assert line.heard() == []
+        first, second = written("first", LONG), written("second")
+        here.sendall(first[:3])
+        assert line.heard() == []
+        here.sendall(first[3:-1])
+        assert line.heard() == []
+        here.sendall(first[-1:] + second + second[:-1])
+        assert line.heard() == [["first", LONG], ["second"]]
+        here.sendall(second[-1:] + second)
+        here.shutdown(socket.SHUT_RDWR)
+        assert line.heard() == [["second"], ["second"]], "what was said last is heard before the end"
+        assert line.heard() is None
+        assert line.heard() is None
+        assert list(line.messages()) == []

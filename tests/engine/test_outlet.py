@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support.engines import ask, running_engine
@@ -21,6 +22,7 @@ from metaseq_api.engine import outlet
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.outlet import Outlet
 from metaseq_api.engine.results import ResultCache
+from metaseq_api.engine.ticket import Ticket
 from metaseq_api.errors import EngineStopped, NotBegun, Overloaded, RequestError
 from metaseq_api.server.remote import Facts, RemoteEngine, _delta
 from metaseq_api.tokenizer import Tokenizer
@@ -156,6 +158,55 @@ def test_an_answer_that_was_kept_comes_though_the_engine_has_nothing_to_do(tmp_p
         assert pair.remote.submit(request((5, 6))).result(30) == first
         deltas = list(pair.remote.submit(request((5, 6), stream=True)).events())
         assert "".join(d.text for d in deltas) == first[0].text
+
+
+def test_a_word_is_said_behind_whatever_of_its_answer_waited() -> None:
+    ask = request((5,), stream=True)
+    ticket = Ticket(ask, lambda t: None)
+    engine = cast("Any", SimpleNamespace(submit=lambda r: ticket))
+    here, there = map(Line, socket.socketpair())
+    outlet = Outlet(engine, here, lambda: None)
+
+    def heard() -> list[Any]:
+        return there.heard() or []
+
+    ticket.push(Delta(0, 0, "a", 1))  # before anybody was there to hear it
+    outlet._submit(7, ask)
+    assert heard() == [["told", [[7, []]]], ["told", [[7, [[0, 0, "a", 1, None, None]]]]]]
+    for delta in (Delta(0, 0, "b", 1), Delta(0, 0, "cc", 2), Delta(0, 0, "d", 1)):
+        ticket.push(delta)
+    ticket.notify()
+    outlet._tell()
+    rest = [[0, 0, "cc", 2, None, None], [0, 0, "d", 1, None, None]]
+    assert heard() == [["words", [7], ["b"]], ["told", [[7, rest]]]]
+    ticket.push(Delta(0, 0, "e", 1))
+    ticket.push(Delta(0, 0, "f", 1, FinishReason.LENGTH))
+    ticket.end([])
+    ticket.notify()
+    outlet._tell()
+    last = [[0, 0, "f", 1, "length", None]]
+    assert heard() == [["words", [7], ["e"]], ["told", [[7, last]]], ["answered", 7, None]]
+    for end in (here, there):
+        end.hang_up()
+        assert list(end.messages()) == []
+
+
+def test_a_step_is_told_in_portions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaseq_api.engine.words.PORTION", 2)
+    sizes, hear = [], pair.remote.hear
+
+    def note(what: str, *of: Any) -> None:
+        if what == "words":
+            sizes.append(len(of[0]))
+        hear(what, *of)
+
+    pair.remote.hear = note  # type: ignore[method-assign]
+    asked = request((5,), max_tokens=20, ignore_eos=True, stream=True, temperature=0)
+    streams = [pair.remote.submit(asked) for _ in range(5)]
+    texts = {"".join(d.text for d in stream.events()) for stream in streams}
+    assert len(texts) == 1
+    assert max(sizes) == 2
+    assert sum(sizes) > 50, "nearly every token is a word"
 
 
 def test_a_cancelled_request_frees_its_blocks(pair: Pair) -> None:

@@ -54,6 +54,9 @@ class FakeAnswer:
         self._wake = wake
         self._notify()
 
+    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
+        raise NotImplementedError("the server takes")
+
     def _notify(self) -> None:
         if self._wake is not None:
             self._wake()

@@ -1,0 +1,152 @@
+"""Which sockets have something: who is waited for, who no more, and what becomes of one that fails. Real sockets."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from flask import Flask
+from support.fake_engine import FakeEngine
+from waitress import wasyncore
+
+from metaseq_api.server.port import bind
+from metaseq_api.server.run import Server
+from metaseq_api.server.sockets import Ear, Sockets
+
+DEADLINE_S = 20.0
+IN, OUT = select.EPOLLIN, select.EPOLLOUT
+
+
+class One:
+    """A dispatcher that waits for what a test says."""
+
+    accepting = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._fileno: int | None = sock.fileno()
+        self.reads, self.writes = True, False
+
+    def readable(self) -> bool:
+        return self.reads
+
+    def writable(self) -> bool:
+        return self.writes
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
+
+
+def waited_for(one: One) -> Sockets:
+    assert one._fileno is not None
+    sockets = Sockets({one._fileno: one})
+    sockets.look_at(one)
+    return sockets
+
+
+def test_one_is_waited_for_as_it_said_when_it_was_looked_at(pair: tuple[socket.socket, socket.socket]) -> None:
+    one = One(pair[0])
+    sockets = waited_for(one)
+    assert sockets.wait(0) == []
+    pair[1].send(b"x")
+    assert sockets.wait(0) == [(one, IN)]
+    one.reads, one.writes = False, True
+    assert sockets.wait(0) == [(one, IN)], "nobody looked"
+    sockets.look_at(one)
+    assert sockets.wait(0) == [(one, OUT)]
+    one.writes = False
+    sockets.look_at(one)
+    assert sockets.wait(0) == []
+    pair[1].close()
+    assert [who for who, flags in sockets.wait(0) if flags & select.EPOLLHUP] == [one], "its end is told in any case"
+    sockets.close()
+
+
+def test_one_that_is_forgotten_is_waited_for_no_more_though_another_holds_its_socket(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    one, held = One(pair[0]), pair[0].dup()
+    sockets = waited_for(one)
+    pair[1].send(b"x")
+    sockets.forget(one)
+    sockets.forget(one)
+    pair[0].close()
+    assert sockets.wait(0) == []
+    one._fileno = None
+    sockets.look_at(one)
+    assert sockets.wait(0) == []
+    sockets.close()
+    held.close()
+
+
+def test_an_ear_hears_until_it_has_ended_and_what_fails_in_it_is_not_swallowed() -> None:
+    left = [True, False]
+    ear = Ear(0, lambda: left.pop(0))
+    for _ in range(4):
+        wasyncore.readwrite(ear, select.POLLIN | select.POLLHUP)
+    assert left == []
+    assert not ear.readable()
+
+    def fail() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        wasyncore.readwrite(Ear(0, fail), select.POLLIN)
+
+
+def test_a_server_attends_in_its_own_thread_and_ends_with_what_fails_there(
+    app: Flask, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    here, there = pair
+    server, heard, failed = Server(app, bind("127.0.0.1", 0), threads=1), [], threading.Event()
+
+    def hear() -> bool:
+        heard.append((threading.current_thread().name, here.recv(9)))
+        if heard[-1][1] == b"bad":
+            raise ZeroDivisionError
+        return True
+
+    def run() -> None:
+        with pytest.raises(ZeroDivisionError):
+            server.run()
+        failed.set()
+
+    server.attend(here.fileno(), hear)
+    thread = threading.Thread(target=run, name="its own")
+    thread.start()
+    there.send(b"good")
+    deadline = time.monotonic() + DEADLINE_S
+    while not heard:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    there.send(b"bad")
+    thread.join(DEADLINE_S)
+    assert failed.is_set()
+    assert heard == [("its own", b"good"), ("its own", b"bad")]
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((server.host, server.port), timeout=DEADLINE_S)
+
+
+def test_a_connection_that_was_silent_for_long_is_closed_and_one_that_waits_for_its_answer_is_not(
+    server: Server, engine: FakeEngine
+) -> None:
+    engine.hold()
+    ask = b'{"prompt": "hi", "max_tokens": 4}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    where = server.host, server.port
+    with socket.create_connection(where, DEADLINE_S) as silent, socket.create_connection(where, DEADLINE_S) as waits:
+        waits.sendall(head % len(ask) + ask)
+        assert engine.submitted.acquire(timeout=DEADLINE_S)
+        for channel in server._waitress.active_channels.values():
+            channel.last_activity = 0.0
+        server._waitress.next_channel_cleanup = 0.0
+        assert silent.recv(9) == b""
+        engine.free.set()
+        assert waits.recv(12) == b"HTTP/1.1 200"
