@@ -102,9 +102,9 @@ class Outlet:
     def _tell(self) -> None:
         """Write down what there is to tell."""
         with self._telling:
-            # first: a word that comes from here on may belong behind what was noted
-            words = [self._words.popleft() for _ in range(len(self._words))]
+            # in this order: of an answer that was noted all words are there, and no more come while others wait
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
+            words = [self._words.popleft() for _ in range(len(self._words))]
             if words:
                 self._line.send("words", *zip(*words, strict=True))
             told: list[Any] = []

@@ -123,11 +123,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().service()
             self.server.wake(self)  # to be read, or closed, or flushed
 
-    def write_soon(self, data: bytes) -> int:
-        if self.total_outbufs_len:  # more than was sent at once; this may wait for that
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        if self.total_outbufs_len:  # it may wait until that is sent
             self.server.wake(self)
-        num: int = super().write_soon(data)
-        return num
+        super()._flush_outbufs_below_high_watermark()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         here = threading.get_ident() == self._home

@@ -25,7 +25,7 @@ from metaseq_api.server.app import CLOSING, MAX_BODY
 from metaseq_api.server.channel import MAX_HEADER, Channel
 from metaseq_api.server.doorway import keep_out
 from metaseq_api.server.port import explain
-from metaseq_api.server.sockets import Ear, Sockets
+from metaseq_api.server.sockets import Sockets
 
 CONNECTION_LIMIT = 1024
 """Most open connections; fewer where the process may not open twice as many files."""
@@ -132,9 +132,7 @@ class Server:
 
         What `hear` wakes is fed when it returns, all in one go. What it raises ends the server. Before `run`.
         """
-        ear = Ear(fd, hear)
-        self._waitress._map[fd] = ear
-        self._sockets.look_at(ear)
+        self._sockets.attend(fd, hear)
 
     # the thread of all sockets
 

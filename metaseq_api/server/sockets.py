@@ -43,8 +43,14 @@ class Sockets:
 
     def forget(self, one: Dispatcher) -> None:
         """No more of it, before it is closed: the kernel goes on where another process has that socket too."""
-        if self._wants.pop(one._fileno, None) is not None:
-            self._epoll.unregister(one._fileno)
+        fd = one._fileno
+        if self._wants.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def attend(self, fd: int, hear: Callable[[], bool]) -> None:
+        """Have `hear` called when there is something to read, until it returns False. What it raises is not caught."""
+        self._of[fd] = ear = Ear(fd, hear, self)
+        self.look_at(ear)
 
     def close(self) -> None:
         """The end."""
@@ -56,20 +62,20 @@ class Ear:
 
     accepting = False
 
-    def __init__(self, fd: int, hear: Callable[[], bool]) -> None:
-        self._fileno = fd
-        self._hear = hear
-        self._ended = False
+    def __init__(self, fd: int, hear: Callable[[], bool], sockets: Sockets) -> None:
+        self._fileno: int | None = fd
+        self._hear, self._sockets = hear, sockets
 
     def readable(self) -> bool:
-        return not self._ended
+        return True
 
     def writable(self) -> bool:
         return False
 
     def handle_read_event(self) -> None:
-        if not self._ended:
-            self._ended = not self._hear()
+        if self._fileno is not None and not self._hear():
+            self._sockets.forget(self)  # else its end would be told for ever
+            self._fileno = None
 
     handle_close = handle_read_event
 
