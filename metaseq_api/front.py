@@ -55,14 +55,18 @@ class Front:
 
     def _hear(self) -> bool:
         """Handle what has come; whether there may be more."""
-        heard = self._line.heard()
-        for message in heard or ():
-            self._handle(*message)
-        if heard is None:
-            self.engine.lose()
-            self._line.hang_up()
-            self._stop(0)
-        return heard is not None
+        goes_on = False
+        try:
+            heard = self._line.heard()
+            for message in heard or ():
+                self._handle(*message)
+            goes_on = heard is not None
+        finally:
+            if not goes_on:  # whatever happened: nobody waits for an answer that does not come
+                self.engine.lose()
+                self._line.hang_up()
+                self._stop(0)
+        return goes_on
 
     def _handle(self, what: str, *of: Any) -> None:
         if what == "serve":

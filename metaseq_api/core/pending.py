@@ -29,7 +29,7 @@ class PendingAnswer:
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """Units: seconds. Raises: TimeoutError; else what the request ended with."""
-        if not self._ended.wait(timeout):
+        if not (self.ended or self._ended.wait(timeout)):  # either may be set a moment before the other
             raise TimeoutError
         if self._error is not None:
             raise self._error

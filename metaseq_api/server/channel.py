@@ -111,7 +111,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     changed = True
     """Whether it may wait for something else than before it was last fed."""
     _stream: Stream | None = None
-    _chunked = False
+    _chunked = _begun = False
     _largest = 0
     _call_when_gone: Callable[[], None] | None = None
 
@@ -120,8 +120,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         self.served = True
         with contextlib.suppress(_TakenOver):
-            super().service()
-            self.server.wake(self)  # to be read, or closed, or flushed
+            try:
+                super().service()
+            finally:
+                self.server.wake(self)  # to be read, or closed, or flushed
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         if self.total_outbufs_len:  # it may wait until that is sent
@@ -141,7 +143,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def begin(self, stream: Stream, *, chunked: bool) -> None:
         """Leave a stream, the head of which was written, to the thread of all sockets."""
-        self._chunked, self._stream = chunked, stream
+        self._chunked, self._stream, self._begun = chunked, stream, False
         wake = functools.partial(self.server.wake, self)
         stream.watch(wake)
         wake()
@@ -164,7 +166,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._leave()
             return
         if stream is not None:
-            self.changed = self._send(stream, stream.take())
+            self.changed = self._send(stream, stream.take()) or not self._begun
+            self._begun = True
         if self.changed and self.writable():
             self.handle_write()
 

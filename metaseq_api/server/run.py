@@ -128,9 +128,10 @@ class Server:
                 self._ended.wait()
 
     def attend(self, fd: int, hear: Callable[[], bool]) -> None:
-        """Have the thread of all sockets call `hear` when there is something to read; until that returns False.
+        """Have the thread of all sockets call `hear` when there is something to read, until that returns False.
 
-        What `hear` wakes is fed when it returns, all in one go. What it raises ends the server. Before `run`.
+        What `hear` wakes is fed when it returns, all in one go. What it raises is logged, and it is called no more;
+        what is to become of the server then is for `hear` to say. Before `run`.
         """
         self._sockets.attend(fd, hear)
 

@@ -8,9 +8,12 @@ Knows waitress's dispatchers. Does not know what they are for.
 
 from __future__ import annotations
 
+import logging
 import select
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Dispatcher = Any
 """What wasyncore has in its maps: `_fileno`, `readable`, `writable`, `handle_...`; waitress has no types."""
@@ -39,7 +42,8 @@ class Sockets:
 
     def wait(self, timeout_s: float) -> list[tuple[Dispatcher, int]]:
         """Those that something happened to, with the flags of poll. Units: seconds."""
-        return [(self._of[fd], flags) for fd, flags in self._epoll.poll(timeout_s) if fd in self._of]
+        most = len(self._wants) or 1  # by itself it tells of 1023
+        return [(self._of[fd], flags) for fd, flags in self._epoll.poll(timeout_s, most) if fd in self._of]
 
     def forget(self, one: Dispatcher) -> None:
         """No more of it, before it is closed: the kernel goes on where another process has that socket too."""
@@ -48,7 +52,7 @@ class Sockets:
             self._epoll.unregister(fd)
 
     def attend(self, fd: int, hear: Callable[[], bool]) -> None:
-        """Have `hear` called when there is something to read, until it returns False. What it raises is not caught."""
+        """Have `hear` called when there is something to read, until it returns False, or raises something."""
         self._of[fd] = ear = Ear(fd, hear, self)
         self.look_at(ear)
 
@@ -73,11 +77,17 @@ class Ear:
         return False
 
     def handle_read_event(self) -> None:
-        if self._fileno is not None and not self._hear():
-            self._sockets.forget(self)  # else its end would be told for ever
-            self._fileno = None
+        if self._fileno is None:
+            return
+        goes_on = False
+        try:
+            goes_on = self._hear()
+        finally:
+            if not goes_on:
+                self._sockets.forget(self)  # else its end would be told for ever
+                self._fileno = None
 
     handle_close = handle_read_event
 
     def handle_error(self) -> None:
-        raise  # wasyncore calls this while it handles one: what fails here ends the server
+        log.exception("what was heard could not be handled")  # wasyncore calls this while it handles one
