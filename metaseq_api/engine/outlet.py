@@ -6,8 +6,8 @@
 
 A word is what nearly every delta is: the text of one more token of a request's only sample.
 
-One thread hears. What a turn of the engine told is written down by the engine's own thread at the end of the turn, in
-one message, for two threads that compute in Python hold each other up; only what is large is left to the line's thread.
+One thread hears. What the engine told is written down by the engine's own thread, many tokens at a time, for two
+threads that compute in Python hold each other up; only what is large is left to the line's thread.
 Knows the engine and the line. Does not know HTTP, or how the other process is started.
 """
 

@@ -11,7 +11,7 @@ from support.fake_engine import FakeEngine
 from support.processes import DEADLINE_S, until
 from support.service import Service
 
-from metaseq_api.errors import EngineStopped
+from metaseq_api.errors import DeadlineExceeded, EngineStopped
 from metaseq_api.server.run import Server
 
 
@@ -252,3 +252,20 @@ def test_a_server_that_does_not_answer_is_told(server: Server, tab: Open, refusa
     page.route("**/v1/completions", lambda route: route.abort())
     run(page, "Hello")
     expect(page.get_by_role("alert")).to_have_text("The server does not answer; is it running?")
+
+
+def test_a_request_whose_time_is_over_is_told_beside_what_had_come(
+    server: Server, engine: FakeEngine, tab: Open
+) -> None:
+    engine.hold()
+    page = tab(server.url)
+    run(page, "Hello", logprobs="")
+    assert engine.submitted.acquire(timeout=DEADLINE_S)
+    answer = engine.answers[-1]
+    answer.say("half of it")
+    expect(page.locator("#columns")).to_contain_text("half of it")
+    answer.end(DeadlineExceeded("the time for this request was over after 10 of at most 64 tokens", param="timeout_ms"))
+    expect(page.get_by_role("alert")).to_contain_text(
+        "the time for this request was over after 10 of at most 64 tokens"
+    )
+    expect(page.locator("#columns")).to_contain_text("half of it")
