@@ -33,7 +33,7 @@ class Engine(EngineProtocol, Protocol):
     """What more is asked of it."""
 
     def after_turn(self, call: Callable[[], None]) -> None:
-        """Have its thread call this at the end of each turn, and of all."""
+        """Have its thread call this whenever whoever streams was woken, and at the end of all."""
         ...
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.fake_engine import FakeEngine
+from support.processes import DEADLINE_S
 
 from metaseq_api.core.line import Line
 from metaseq_api.front import Front
@@ -18,7 +19,6 @@ from metaseq_api.server.remote import Facts, RemoteEngine
 from metaseq_api.server.run import Server
 from metaseq_api.settings import Settings
 
-DEADLINE_S = 20.0
 BODY = json.dumps({"prompt": "hi", "max_tokens": 4, "stream": True}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 ASK = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import pytest
 from flask import Flask
 from support.fake_engine import FakeEngine
+from support.processes import DEADLINE_S, until
 from waitress import wasyncore
 
 from metaseq_api.server.port import bind
 from metaseq_api.server.run import Server
 from metaseq_api.server.sockets import Sockets
 
-DEADLINE_S = 20.0
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
@@ -127,18 +127,12 @@ def test_a_server_attends_in_its_own_thread_and_says_what_fails_there(
             raise ZeroDivisionError
         return True
 
-    def heard_of(num: int) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(heard) < num:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
     server.attend(here.fileno(), hear)
     server.start()
     there.send(b"good")
-    heard_of(1)
+    until(lambda: len(heard) == 1, "the first to be heard")
     there.send(b"bad")
-    heard_of(2)
+    until(lambda: len(heard) == 2, "the second to be heard")
     there.send(b"to nobody")
     with socket.create_connection((server.host, server.port), timeout=DEADLINE_S) as sock:
         sock.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
