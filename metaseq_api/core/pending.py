@@ -25,7 +25,7 @@ class PendingAnswer:
         self._error: MetaseqApiError | None = None
         self._deltas: deque[Delta] = deque()
         self._wake: Callable[[], None] | None = None
-        self._hear: Callable[[Delta], bool] | None = None
+        self._hear: Callable[[str], object] | None = None
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """Units: seconds. Raises: TimeoutError; else what the request ended with."""
@@ -40,7 +40,7 @@ class PendingAnswer:
         if self._deltas or self.ended:  # before anybody watched
             wake()
 
-    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
+    def hand_to(self, hear: Callable[[str], object]) -> None:
         self._hear = hear
 
     def take(self) -> list[Delta]:
@@ -67,12 +67,17 @@ class PendingAnswer:
 
     # whoever fills it
 
-    def push(self, delta: Delta) -> bool:
-        """Something to stream; whether it waits to be taken, and `notify` is to tell of it."""
-        if self._hear is not None and not self._deltas and self._hear(delta):
+    def say(self, word: str) -> bool:
+        """The text of one more token of the only sample, which somebody may want at once; whether it was handed on.
+        Else it is to be pushed."""
+        if self._hear is None or self._deltas:
             return False
-        self._deltas.append(delta)
+        self._hear(word)
         return True
+
+    def push(self, delta: Delta) -> None:
+        """Something to stream, which waits to be taken; `notify` tells of it."""
+        self._deltas.append(delta)
 
     def notify(self) -> None:
         """Wake whoever watches this."""

@@ -55,10 +55,9 @@ class Answer(Protocol):
         """
         ...
 
-    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
-        """Streamed: have each delta handed to `hear` in the thread that makes it, unless others wait to be taken.
-
-        One that it does not want (False) waits to be taken. It must neither block nor fail.
+    def hand_to(self, hear: Callable[[str], object]) -> None:
+        """Streamed: have each *word*, the text of one more token of the only sample, handed to `hear` in the thread
+        that makes it, unless something waits to be taken. It must neither block nor fail.
         """
         ...
 

@@ -91,13 +91,8 @@ class Outlet:
 
     # the engine's thread
 
-    def _add_word(self, number: int, delta: Delta) -> bool:
-        """Take a delta that is a word."""
-        prompt, sample, text, num_tokens, reason, logprobs = delta
-        if num_tokens != 1 or reason is not None or logprobs is not None or prompt or sample:
-            return False
+    def _add_word(self, number: int, text: str) -> None:
         self._words.append((number, text))
-        return True
 
     def _tell(self) -> None:
         """Write down what there is to tell."""

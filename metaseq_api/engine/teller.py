@@ -26,9 +26,22 @@ class Teller:
         self._offsets = StreamOffsets(track.tokenizer)
         self._waiting: list[int] = []  # where the tokens begin that were scored and not yet told
         self._num_prompt_chars = 0
-        self._begun = False
+        self._begun = self._says_words = False
         # told of the generated part alone
         self._num_chars = self._num_tokens = self._num_entries = 0
+
+    def word(self) -> str | None:
+        """What became final, where that is the text of one more token of the only sample, as it nearly always is; else
+        None, and `tell` is to be asked."""
+        track = self._track
+        if not self._says_words or len(track.scored) != self._num_tokens + 1:
+            return None
+        safe = track.stop.num_safe
+        word = track.stop.text[self._num_chars : safe]
+        if not word:
+            return None
+        self._num_chars, self._num_tokens = safe, len(track.scored)
+        return word
 
     def tell(self) -> Delta | None:
         """What became final since the last time, the echoed prompt in front of all; None where nothing did."""
@@ -64,6 +77,7 @@ class Teller:
     def _begin(self) -> str:
         """The echoed prompt. Its length is wanted for offsets without an echo too."""
         self._begun = True
+        self._says_words = self._params.logprobs is None and self._track.ticket.num_sequences == 1
         if not self._params.echo and self._params.logprobs is None:
             return ""
         text = self._track.tokenizer.decode(self._track.prompt_ids)

@@ -47,8 +47,12 @@ class Words:
                 track.take(scored, EOS_ID)
                 if track.reason is not None:
                     self.end(track)
-                elif track.teller is not None:
-                    self.tell(track, track.teller.tell())
+                elif (teller := track.teller) is not None:
+                    word = teller.word()
+                    if word is None:
+                        self.tell(track, teller.tell())
+                    elif not track.ticket.say(word):
+                        self.tell(track, Delta(0, 0, word, 1))
             if at % PORTION == 0:
                 self.notify()
 
@@ -71,7 +75,8 @@ class Words:
 
     def tell(self, track: Track, delta: Delta | None) -> None:
         """Something to stream, if there is."""
-        if delta is not None and track.ticket.push(delta):
+        if delta is not None:
+            track.ticket.push(delta)
             self._told.add(track.ticket)
 
     def notify(self) -> None:

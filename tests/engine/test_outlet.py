@@ -173,13 +173,15 @@ def test_a_word_is_said_behind_whatever_of_its_answer_waited() -> None:
     ticket.push(Delta(0, 0, "a", 1))  # before anybody was there to hear it
     outlet._submit(7, ask)
     assert heard() == [["told", [[7, []]]], ["told", [[7, [[0, 0, "a", 1, None, None]]]]]]
-    for delta in (Delta(0, 0, "b", 1), Delta(0, 0, "cc", 2), Delta(0, 0, "d", 1)):
-        ticket.push(delta)
+    assert ticket.say("b")
+    ticket.push(Delta(0, 0, "cc", 2))
+    assert not ticket.say("d")
+    ticket.push(Delta(0, 0, "d", 1))
     ticket.notify()
     outlet._tell()
     rest = [[0, 0, "cc", 2, None, None], [0, 0, "d", 1, None, None]]
     assert heard() == [["words", [7], ["b"]], ["told", [[7, rest]]]]
-    ticket.push(Delta(0, 0, "e", 1))
+    assert ticket.say("e")
     ticket.push(Delta(0, 0, "f", 1, FinishReason.LENGTH))
     ticket.end([])
     ticket.notify()

@@ -54,7 +54,7 @@ class FakeAnswer:
         self._wake = wake
         self._notify()
 
-    def hand_to(self, hear: Callable[[Delta], bool]) -> None:
+    def hand_to(self, hear: Callable[[str], object]) -> None:
         raise NotImplementedError("the server takes")
 
     def _notify(self) -> None:
