@@ -81,11 +81,15 @@ def service(of: Subject) -> Iterator[Service]:
 
 @contextmanager
 def clients(host: str, port: int) -> Iterator[Order]:
-    """A process of clients that does what it is ordered and says how long that took."""
+    """A process of clients that does what it is ordered and says how long that took.
+
+    It stands for other machines, and takes what the service leaves: its priority is the lowest.
+    """
     code = f"from metaseq_api.bench.clients import child; child({host!r}, {port})"
     with subprocess.Popen(
         [sys.executable, *SAFE, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         assert process.stdin
         assert process.stdout
         to, back = process.stdin, process.stdout

@@ -34,6 +34,7 @@ from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.words import Words
 from metaseq_api.engine.worker import Worker
 from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, NotBegun, Overloaded, RequestError
+from metaseq_api.model.paths import pick_kernel
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.tokenizer import PAD_ID, Tokenizer
 
@@ -63,7 +64,12 @@ class Engine:
         self._worker, self._channel, self._scheduler = worker, channel, scheduler
         self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
         self._heartbeat_s, self._results = heartbeat_s, results
-        self._sampler = Sampler(num_tokens=tokenizer.vocab_size, banned=[PAD_ID], spends=True)
+        self._sampler = Sampler(
+            num_tokens=tokenizer.vocab_size,
+            banned=[PAD_ID],
+            spends=True,
+            pick=pick_kernel(worker.model.context.device),
+        )
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()
         self._book = Book(tokenizer)

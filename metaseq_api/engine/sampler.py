@@ -21,10 +21,13 @@ from torch import Tensor
 
 from metaseq_api.core import SamplingParams
 from metaseq_api.engine.penalties import Adjustment, adjust
+from metaseq_api.model.paths import Pick
 from metaseq_api.parallel.transfer import put
 
 CANDIDATES = (64, 1024)
 """How many of the likeliest tokens top_p looks at first; all of them where these do not hold enough."""
+GREEDY = -1.0
+"""In place of a row's uniform number: its likeliest token."""
 COLDEST, LEAST = 1e-6, 1e-30
 """Temperatures and top_p below these choose no differently, but leave what fp32 can tell from zero."""
 
@@ -62,10 +65,11 @@ class Drawn:
 
 class Sampler:
     """Forbids `banned` ids (padding) and all from `num_tokens` on (rows that pad the vocabulary). One that `spends` may
-    overwrite the logits it samples from: 32 rows of 50272 are 6 MB to copy."""
+    overwrite the logits it samples from: 32 rows of 50272 are 6 MB to copy. `pick`: how a row is chosen from of which
+    nothing is cut, where there is a better way than torch's."""
 
-    def __init__(self, *, num_tokens: int, banned: Seq[int], spends: bool = False) -> None:
-        self._num_tokens, self._spends = num_tokens, spends
+    def __init__(self, *, num_tokens: int, banned: Seq[int], spends: bool = False, pick: Pick | None = None) -> None:
+        self._num_tokens, self._spends, self._pick = num_tokens, spends, pick or _pick
         self._banned = list(banned)
 
     def sample(self, logits_RV: Tensor, rows: Seq[Row]) -> list[Scored | None]:
@@ -87,12 +91,15 @@ class Sampler:
         if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
             at_2N = put([*zip(*forbidden, strict=True)], device, torch.long)
             scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
-        best_R, chosen_R = scores_RV.max(-1)
-        if drawn := [i for i, r in enumerate(rows) if not r.params.greedy]:
-            at = put(drawn, device, torch.long)
-            drawn_RV = scores_RV if len(drawn) == len(rows) else scores_RV.index_select(0, at)
-            chosen_R.index_copy_(0, at, _draw(drawn_RV, [rows[i] for i in drawn]))
-        # max passes NaN on, and -inf means that nothing was left to choose
+        cut = [i for i, r in enumerate(rows) if not r.params.greedy and _is_cut(r)]
+        drawn = [GREEDY if r.params.greedy else r.uniform for r in rows]
+        for i in cut:
+            drawn[i] = GREEDY
+        best_R, chosen_R = self._pick(scores_RV, drawn)
+        if cut:
+            at = put(cut, device, torch.long)
+            chosen_R.index_copy_(0, at, _draw(_rows(scores_RV, at), [rows[i] for i in cut]))
+        # the best passes NaN on, and -inf means that nothing was left to choose
         table = _table(raw_RV, chosen_R, asked, beside_R=best_R.isfinite())
 
         def read() -> list[Scored | None]:
@@ -165,8 +172,24 @@ def _tempered(logits_RV: Tensor, heat: Seq[float]) -> Tensor:
     return logits_RV / put(heat, logits_RV.device, torch.float32)[:, None]
 
 
+def _is_cut(row: Row) -> bool:
+    """Whether some tokens are out of the question for it."""
+    return row.top_p < 1 or row.params.top_k is not None or row.params.min_p > 0
+
+
+def _pick(scores_RV: Tensor, uniforms: Seq[float]) -> tuple[Tensor, Tensor]:
+    """As `model.paths.Pick` says, by torch's operations."""
+    best_R, chosen_R = scores_RV.max(-1)
+    if drawn := [i for i, uniform in enumerate(uniforms) if uniform != GREEDY]:
+        at = put(drawn, scores_RV.device, torch.long)
+        probs_RV = _rows(scores_RV, at).softmax(-1)
+        chosen_R.index_copy_(0, at, _invert(probs_RV, [uniforms[i] for i in drawn]))
+    return best_R, chosen_R
+
+
 def _draw(scores_RV: Tensor, rows: Seq[Row]) -> Tensor:
-    """One token a row: all tokens are open where neither top_p nor top_k is set, else a sorted few. Overwrites."""
+    """One token a row: all that min_p leaves are open where neither top_p nor top_k is set, else a sorted few.
+    Overwrites."""
     num, device = scores_RV.shape[1], scores_RV.device
     if lean := [i for i, r in enumerate(rows) if r.params.min_p > 0]:
         at = put(lean, device, torch.long)

@@ -21,6 +21,8 @@ import stat
 import subprocess
 import tempfile
 import time
+from array import array
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
@@ -72,6 +74,9 @@ class Native:
         self._norm = self._library.metaseq_norm
         self._norm.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, ctypes.c_float, _INT, _INT]
         self._norm.restype = None
+        self._draw = self._library.metaseq_draw
+        self._draw.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT]
+        self._draw.restype = None
         self._attend = self._library.metaseq_attend
         self._attend.argtypes = [ctypes.POINTER(Step), *[_ADDRESS] * 6, _INT]
         self._attend.restype = None
@@ -153,6 +158,19 @@ class Native:
         tensors = (q_THD, k_THD, v_THD, keys, values, out)
         self._attend(step, *(x.data_ptr() for x in tensors), q_THD.dtype.itemsize)
         return out
+
+    def draw(self, scores_RV: Tensor, uniforms: Seq[float]) -> tuple[Tensor, Tensor]:
+        """Each row's highest score (NaN where there is one), and its token; where the row's number is at least 0, the
+        token that this falls on, in [0, 1), when all weigh exp(score). Shapes: -> [R], [R] of 64-bit integers."""
+        num, width = scores_RV.shape
+        assert len(uniforms) == num
+        assert scores_RV.dtype == torch.float32
+        assert scores_RV.stride(1) == 1
+        best_R, chosen_R = torch.empty(num), torch.empty(num, dtype=torch.long)
+        at_R = array("d", uniforms)
+        tensors = (best_R.data_ptr(), chosen_R.data_ptr(), scores_RV.stride(0))
+        self._draw(scores_RV.data_ptr(), at_R.buffer_info()[0], *tensors, num, width, torch.get_num_threads())
+        return best_R, chosen_R
 
 
 @functools.cache

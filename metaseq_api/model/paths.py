@@ -6,6 +6,8 @@ does none.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from metaseq_api.model.native import NativePlan, attend_native, plan_native
 from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
 Plan = StepPlan | PagedPlan | NativePlan
+Pick = Callable[[Tensor, Sequence[float]], tuple[Tensor, Tensor]]
+"""From scores, and a number for each row: the row's highest score, NaN where there is one, and its token; where the
+number is in [0, 1), the token on which it falls when all weigh exp(score). Shapes: [R, V], R -> [R], [R]."""
 
 
 def decode_kernel(device: torch.device) -> DecodeAttention | None:
@@ -30,6 +35,12 @@ def decode_kernel(device: torch.device) -> DecodeAttention | None:
     from metaseq_api.kernels.decode_attention import decode_attention  # needs Triton
 
     return decode_attention
+
+
+def pick_kernel(device: torch.device) -> Pick | None:
+    """How tokens are chosen on this device, or None where torch's own operations serve."""
+    own = native() if device.type == "cpu" else None
+    return None if own is None else own.draw
 
 
 def plan(batch: Batch, cache: KVCache, device: torch.device, kernel: DecodeAttention | None) -> Plan:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from metaseq_api.core import SamplingParams
 from metaseq_api.engine.sampler import Row, Sampler
+from metaseq_api.model.paths import pick_kernel
 
 VOCAB = 3000
 SAMPLER = Sampler(num_tokens=VOCAB - 8, banned=[1])
+
+
+@pytest.fixture(params=["torch", "own"], autouse=True)
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test by torch's operations, and by the kernel of our own where there is one."""
+    if request.param == "own":
+        if (pick := pick_kernel(torch.device("cpu"))) is None:
+            pytest.skip("this machine has no AMX, or no C compiler")
+        monkeypatch.setattr(sys.modules[__name__], "SAMPLER", Sampler(num_tokens=VOCAB - 8, banned=[1], pick=pick))
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:

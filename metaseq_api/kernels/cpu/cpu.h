@@ -1,4 +1,5 @@
-/* What a CPU with AMX runs of our own: linear layers, norms and attention over the paged cache in bf16 and fp32.
+/* What a CPU with AMX runs of our own: linear layers, norms and attention over the paged cache in bf16 and fp32,
+ * and the choice of tokens.
  *
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
  * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
@@ -40,6 +41,23 @@ INLINE float wide(bf16 x) {
 
 /* The first `num` of 16 lanes. */
 INLINE __mmask16 lanes(long num) { return num >= 16 ? 0xffff : (1 << num) - 1; }
+
+/* e^x for x <= 0; 0 below -87. */
+INLINE __m512 exponent(__m512 given) {
+    __m512 x = _mm512_max_ps(_mm512_set1_ps(-87.0f), given); /* in this order a NaN stays one */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    __mmask16 low = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+    return _mm512_mask_blend_ps(low, _mm512_scalef_ps(p, n), _mm512_setzero_ps());
+}
 
 /* The compiler does not see that a tile's load reads memory: what was written before must be there. */
 #define WRITTEN __asm__ volatile("" ::: "memory")
