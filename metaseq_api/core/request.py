@@ -92,7 +92,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            _check(value is None or least <= value <= most, name, value, f"between {least} and {most}")
+            if not (value is None or least <= value <= most):
+                _check(False, name, value, f"between {least} and {most}")
         self._check_counts()
         self._check_ends()
         for one, other in _PAIRS:  # metaseq applies a pair only where one of the two is above 0
