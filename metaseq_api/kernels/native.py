@@ -23,6 +23,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Sequence as Seq
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -159,17 +160,21 @@ class Native:
         self._attend(step, *(x.data_ptr() for x in tensors), q_THD.dtype.itemsize)
         return out
 
-    def draw(self, scores_RV: Tensor, uniforms: Seq[float]) -> tuple[Tensor, Tensor]:
-        """Each row's highest score (NaN where there is one), and its token; where the row's number is at least 0, the
-        token that this falls on, in [0, 1), when all weigh exp(score). Shapes: -> [R], [R] of 64-bit integers."""
+    def draw(self, scores_RV: Tensor, choices: Seq[tuple[float, float, int, float]]) -> tuple[Tensor, Tensor]:
+        """Each row's highest score (NaN where there is one), and the token that its choice comes to.
+
+        A choice is `choice` of cpu/draw.c: a number in [0, 1) that falls on a token (or -1 for the highest), top_p,
+        top_k (0: all), and how far below the highest a score may be, as a number up to 0.
+        Shapes: scores [R, V] -> [R], [R] of 64-bit integers.
+        """
         num, width = scores_RV.shape
-        assert len(uniforms) == num
+        assert len(choices) == num
         assert scores_RV.dtype == torch.float32
         assert scores_RV.stride(1) == 1
         best_R, chosen_R = torch.empty(num), torch.empty(num, dtype=torch.long)
-        at_R = array("d", uniforms)
+        choices_R4 = array("d", chain.from_iterable(choices))
         tensors = (best_R.data_ptr(), chosen_R.data_ptr(), scores_RV.stride(0))
-        self._draw(scores_RV.data_ptr(), at_R.buffer_info()[0], *tensors, num, width, torch.get_num_threads())
+        self._draw(scores_RV.data_ptr(), choices_R4.buffer_info()[0], *tensors, num, width, torch.get_num_threads())
         return best_R, chosen_R
 
 

@@ -21,9 +21,8 @@ from metaseq_api.model.native import NativePlan, attend_native, plan_native
 from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
 Plan = StepPlan | PagedPlan | NativePlan
-Pick = Callable[[Tensor, Sequence[float]], tuple[Tensor, Tensor]]
-"""From scores, and a number for each row: the row's highest score, NaN where there is one, and its token; where the
-number is in [0, 1), the token on which it falls when all weigh exp(score). Shapes: [R, V], R -> [R], [R]."""
+Pick = Callable[[Tensor, Sequence[tuple[float, float, int, float]]], tuple[Tensor, Tensor]]
+"""As `Native.draw`."""
 
 
 def decode_kernel(device: torch.device) -> DecodeAttention | None:

@@ -146,5 +146,6 @@ def test_a_step_hands_over_its_numbers_in_one_copy_and_asks_once_more_for_top_p(
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLER", Sampler(num_tokens=VOCAB - 8, banned=[1]))  # as on a GPU
     choose(logits(rows=4), *(row(0.1 * i, **params) for i in range(3)), row(temperature=0, forbidden=(2, 3)))
     assert len(copies) == waits
