@@ -114,14 +114,22 @@ class Native:
         *,
         relu: bool = False,
         dtype: torch.dtype | None = None,
+        room: Tensor | None = None,
     ) -> Tensor:
-        """relu?(x W^T + b) + residual, rounded once at the end, to the weight's dtype or fp32. Shapes: -> [T, O]."""
+        """relu?(x W^T + b) + residual, rounded once at the end, to the weight's dtype or fp32; into the first rows of
+        `room` where it has so many. Shapes: -> [T, O]."""
         num, inputs = x_TI.shape
         assert x_TI.dtype == packed.dtype
         assert x_TI.stride(1) == 1
         assert inputs == packed.shape[1]
         assert residual is None or residual.is_contiguous()
-        y_TO = torch.empty(num, num_outputs, dtype=dtype or packed.dtype)
+        if room is not None and len(room) >= num:
+            assert room.dtype == (dtype or packed.dtype)
+            assert room.is_contiguous()
+            y_TO = room[:num]
+            assert y_TO.shape[1] == num_outputs
+        else:
+            y_TO = torch.empty(num, num_outputs, dtype=dtype or packed.dtype)
         addresses = (
             x_TI.data_ptr(),
             x_TI.stride(0),

@@ -148,7 +148,10 @@ class OPT(nn.Module):
         x_RE: Tensor = self.project_out(x_RD) if self.config.has_projection else x_RD
         return x_RE
 
-    def logits(self, x_RE: Tensor) -> Tensor | None:
-        """Shapes: [R, E] -> [R, V] in fp32 on the driver; None on the other ranks."""
-        logits: Tensor | None = self.embed.logits(x_RE)
+    def logits(self, x_RE: Tensor, room: Tensor | None = None) -> Tensor | None:
+        """Perhaps in `room`, earlier ones that nobody needs.
+
+        Shapes: [R, E] -> [R, V] in fp32 on the driver; None on the other ranks.
+        """
+        logits: Tensor | None = self.embed.logits(x_RE, room)
         return logits

@@ -98,10 +98,10 @@ class Linear(nn.Module):
             return F.relu(y)
         return F.gelu(y, approximate="tanh") if activation == "gelu" else y
 
-    def wide(self, x: Tensor) -> Tensor:
-        """forward(x), in fp32 where the sums are at hand in it."""
+    def wide(self, x: Tensor, room: Tensor | None = None) -> Tensor:
+        """forward(x), in fp32 where the sums are at hand in it, and then in `room` where it has so many rows."""
         if self.native is not None and self.context.tensor_size == 1:
-            return self.native.linear(x, self.weight, self.num_outputs, self.bias, dtype=torch.float32)
+            return self.native.linear(x, self.weight, self.num_outputs, self.bias, dtype=torch.float32, room=room)
         return self.forward(x)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
@@ -181,9 +181,9 @@ class VocabEmbedding(nn.Module):
         rows = F.embedding(local.where(mine, 0), self.table) * mine[:, None]
         return self.context.all_reduce(rows)
 
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """Shapes: [T, E] -> [T, V] in fp32 on the driver, None elsewhere."""
-        parts = self.context.gather(self.output.wide(hidden))
+    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor | None:
+        """Perhaps in `room`, earlier ones. Shapes: [T, E] -> [T, V] in fp32 on the driver, None elsewhere."""
+        parts = self.context.gather(self.output.wide(hidden, room))
         return None if parts is None else _cat(parts, dim=1).float()
 
 

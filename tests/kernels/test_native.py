@@ -46,6 +46,21 @@ def test_a_linear_layer_is_rounded_once(rows: int, shape: tuple[int, int]) -> No
     torch.testing.assert_close(own().linear(x, packed, outputs, None).float(), want - bias.float(), **near)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_linear_layer_takes_room_that_there_is(dtype: torch.dtype) -> None:
+    x, weight, room = normal(40, 64).to(dtype), normal(50, 64).to(dtype), torch.full((30, 50), 7.0)
+    packed = own().pack(weight)
+    want = own().linear(x, packed, 50, None, dtype=torch.float32)
+    got = own().linear(x[:30], packed, 50, None, dtype=torch.float32, room=room)
+    assert got.equal(want[:30])
+    assert got.data_ptr() == room.data_ptr()
+    few = own().linear(x[10:13], packed, 50, None, dtype=torch.float32, room=room)
+    assert few.equal(want[10:13])
+    assert few.data_ptr() == room.data_ptr()
+    assert room[3:].equal(want[3:30])
+    assert own().linear(x, packed, 50, None, dtype=torch.float32, room=room).equal(want)  # too many for it
+
+
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
 @pytest.mark.parametrize("shape", [(8, 8), (50, 64), (768, 70), (300, 200)], ids=str)
 def test_a_linear_layer_in_fp32_is_torchs(rows: int, shape: tuple[int, int]) -> None:
