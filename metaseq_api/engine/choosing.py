@@ -1,5 +1,5 @@
-"""One token of each row of scores, by torch's operations on whatever device they are; a CPU may have a kernel for it
-(`kernels.native`), which does the same.
+"""What is asked of rows of scores: one token of each, and log-probabilities. By torch's operations, on whatever device
+they are; a CPU may have kernels for it (`kernels.native`), which do the same.
 
 Each token weighs exp(score). The order: min_p, top_k, top_p, each on what the one before left. Knows scores and what is
 to be left of them. Does not know whose they are, or what came into them (`sampler`).
@@ -10,9 +10,8 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,17 +41,44 @@ class Choice(NamedTuple):
 
 
 LIKELIEST = Choice(-1.0)
-Pick = Callable[[Tensor, Seq[Choice]], tuple[Tensor, Tensor]]
-"""Each row's highest score, NaN where there is one, and the token chosen. Shapes: [R, V], R -> [R], [R] of integers."""
 
 
-def choose(scores_RV: Tensor, choices: Seq[Choice]) -> tuple[Tensor, Tensor]:
-    """A `Pick`. Overwrites scores."""
-    best_R, chosen_R = scores_RV.max(-1)
-    if drawn := [i for i, choice in enumerate(choices) if choice.uniform >= 0]:
-        at = put(drawn, scores_RV.device, torch.long)
-        chosen_R.index_copy_(0, at, _draw(_rows(scores_RV, at), [choices[i] for i in drawn]))
-    return best_R, chosen_R
+class Chooser(Protocol):
+    """Somebody who answers."""
+
+    def draw(self, scores_RV: Tensor, choices: Seq[Choice]) -> tuple[Tensor, Tensor]:
+        """Each row's highest score, NaN where there is one, and the token chosen. Perhaps overwrites scores.
+
+        Shapes: [R, V], R -> [R], [R] of 64-bit integers.
+        """
+        ...
+
+    def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
+        """Of each of some rows: its chosen token's log-probability and rank, 1 for the likeliest; then the log-
+        probabilities of the `most` likeliest; then these. 53 bits hold an id and an fp32 number alike.
+
+        Shapes: [R, V], N, [R] -> [N, 2 + 2 most] in fp64.
+        """
+        ...
+
+
+class ByTorch:
+    """Implements Chooser."""
+
+    def draw(self, scores_RV: Tensor, choices: Seq[Choice]) -> tuple[Tensor, Tensor]:
+        best_R, chosen_R = scores_RV.max(-1)
+        if drawn := [i for i, choice in enumerate(choices) if choice.uniform >= 0]:
+            at = put(drawn, scores_RV.device, torch.long)
+            chosen_R.index_copy_(0, at, _draw(_rows(scores_RV, at), [choices[i] for i in drawn]))
+        return best_R, chosen_R
+
+    def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
+        at = put(list(rows), scores_RV.device, torch.long)
+        logprobs = _rows(scores_RV, at).log_softmax(-1)
+        own_N1 = logprobs.gather(1, chosen_R.index_select(0, at)[:, None])
+        above_N1 = (logprobs > own_N1).sum(-1, keepdim=True)
+        tops = logprobs.topk(most) if most else ()
+        return torch.cat([x.double() for x in (own_N1, above_N1 + 1, *tops)], 1)
 
 
 def _draw(scores_RV: Tensor, rows: Seq[Choice]) -> Tensor:

@@ -34,7 +34,7 @@ from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.words import Words
 from metaseq_api.engine.worker import Worker
 from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, NotBegun, Overloaded, RequestError
-from metaseq_api.model.paths import pick_kernel
+from metaseq_api.model.paths import score_kernels
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.tokenizer import PAD_ID, Tokenizer
 
@@ -68,7 +68,7 @@ class Engine:
             num_tokens=tokenizer.vocab_size,
             banned=[PAD_ID],
             spends=True,
-            pick=pick_kernel(worker.model.context.device),
+            by=score_kernels(worker.model.context.device),
         )
         self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import SamplingParams
-from metaseq_api.engine.choosing import LIKELIEST, Choice, Pick, choose
+from metaseq_api.engine.choosing import LIKELIEST, ByTorch, Choice, Chooser
 from metaseq_api.engine.penalties import Adjustment, adjust
 from metaseq_api.parallel.transfer import put
 
@@ -61,12 +61,13 @@ class Drawn:
 
 class Sampler:
     """Forbids `banned` ids (padding) and all from `num_tokens` on (rows that pad the vocabulary). One that `spends` may
-    overwrite the logits it samples from: 32 rows of 50272 are 6 MB to copy. `pick`: how tokens are chosen, where there
-    is a better way than torch's."""
+    overwrite the logits it samples from: 32 rows of 50272 are 6 MB to copy. `by`: whom it asks, where somebody does
+    better than torch."""
 
-    def __init__(self, *, num_tokens: int, banned: Seq[int], spends: bool = False, pick: Pick | None = None) -> None:
-        self._num_tokens, self._spends, self._pick = num_tokens, spends, pick or choose
+    def __init__(self, *, num_tokens: int, banned: Seq[int], spends: bool = False, by: Chooser | None = None) -> None:
+        self._num_tokens, self._spends, self._by = num_tokens, spends, by or ByTorch()
         self._banned = list(banned)
+        self._room: Tensor | None = None  # for a copy: fresh pages take longer than copying
 
     def sample(self, logits_RV: Tensor, rows: Seq[Row]) -> list[Scored | None]:
         """Choose a token for each row; None for a row whose logits are not numbers."""
@@ -75,11 +76,11 @@ class Sampler:
     def draw(self, logits_RV: Tensor, rows: Seq[Row]) -> Drawn:
         """The same, without waiting for a GPU (but where top_p cuts)."""
         device, heat = logits_RV.device, [_heat(r.params) for r in rows]
-        raw_RV = _tempered(logits_RV, heat)
+        raw_RV = _tempered(logits_RV, heat, spends=self._spends)
         scores_RV, asked = raw_RV[:, : self._num_tokens], [_num_asked(r.params) for r in rows]
         adjusted = [(i, r.adjustment, heat[i]) for i, r in enumerate(rows) if r.adjustment is not None]
         if not self._spends or adjusted or any(k is not None for k in asked):  # else nobody looks at the raw ones again
-            scores_RV = scores_RV.clone(memory_format=torch.contiguous_format)
+            scores_RV = self._copied(scores_RV)
         if adjusted:
             adjust(scores_RV, adjusted)
         for token_id in self._banned:
@@ -87,9 +88,9 @@ class Sampler:
         if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
             at_2N = put([*zip(*forbidden, strict=True)], device, torch.long)
             scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
-        best_R, chosen_R = self._pick(scores_RV, [_choice(r) for r in rows])
+        best_R, chosen_R = self._by.draw(scores_RV, [_choice(r) for r in rows])
         # the best passes NaN on, and -inf means that nothing was left to choose
-        table = _table(raw_RV, chosen_R, asked, beside_R=best_R.isfinite())
+        table = self._table(raw_RV, chosen_R, best_R.isfinite(), asked)
 
         def read() -> list[Scored | None]:
             scored, sound = _read(table, asked)
@@ -103,7 +104,28 @@ class Sampler:
         most = max(params.logprobs or 0 if params.echo else 0, params.prompt_logprobs or 0)
         chosen_R = put(list(tokens), logits_RV.device, torch.long)
         asked, ranked = [most] * len(tokens), params.prompt_logprobs is not None
-        return _read(_table(raw_RV, chosen_R, asked, ranked=ranked), asked, ranked=ranked)[0]
+        return _read(self._table(raw_RV, chosen_R, chosen_R, asked), asked, ranked=ranked)[0]
+
+    def _copied(self, scores_RV: Tensor) -> Tensor:
+        room, num = self._room, len(scores_RV)
+        if room is None or len(room) < num or room.shape[1:] != scores_RV.shape[1:] or room.device != scores_RV.device:
+            room = self._room = torch.empty_like(scores_RV, memory_format=torch.contiguous_format)
+        return room[:num].copy_(scores_RV)
+
+    def _table(self, raw_RV: Tensor, chosen_R: Tensor, beside_R: Tensor, asked: Seq[int | None]) -> Tensor:
+        """The chosen tokens, numbers beside them, and what was asked of each: all of it leaves a GPU in one copy.
+
+        Shapes: -> [R, 2], or with what was asked [R, 4 + 2 K], K being the most alternatives that anybody wants.
+        """
+        table = torch.stack([chosen_R.double(), beside_R.double()], 1)
+        if not (wanted := [i for i, k in enumerate(asked) if k is not None]):
+            return table
+        most = min(max(asked[i] or 0 for i in wanted), raw_RV.shape[1])
+        found = self._by.rate(raw_RV, wanted, chosen_R, most)
+        if len(wanted) < len(asked):
+            at = put(wanted, raw_RV.device, torch.long)
+            found = found.new_zeros(len(asked), found.shape[1]).index_copy_(0, at, found)
+        return torch.cat([table, found], 1)
 
 
 def _choice(row: Row) -> Choice:
@@ -120,42 +142,18 @@ def _num_asked(params: SamplingParams) -> int | None:
     return params.logprobs if params.num_samples == params.n else params.logprobs or 0
 
 
-def _table(
-    raw_RV: Tensor, chosen_R: Tensor, asked: Seq[int | None], *, ranked: bool = False, beside_R: Tensor | None = None
-) -> Tensor:
-    """The chosen tokens, `beside_R`'s numbers, and what was asked of each: all of it leaves a GPU in one copy.
-
-    Shapes: -> [R, 2], or with what was asked [R, 3 + ranked + 2 K], K being the most alternatives that anybody wants.
-    """
-    columns = [chosen_R[:, None], chosen_R[:, None] if beside_R is None else beside_R[:, None]]
-    if wanted := [i for i, k in enumerate(asked) if k is not None]:
-        most, everyone = min(max(asked[i] or 0 for i in wanted), raw_RV.shape[1]), len(wanted) == len(asked)
-        at = put(wanted, raw_RV.device, torch.long)
-        logprobs = (raw_RV if everyone else raw_RV.index_select(0, at)).log_softmax(-1)
-        own_R1 = logprobs.gather(1, (chosen_R if everyone else chosen_R.index_select(0, at))[:, None])
-        found = [own_R1, (logprobs > own_R1).sum(-1, keepdim=True) + 1] if ranked else [own_R1]
-        found += logprobs.topk(most) if most else ()
-        columns += [x if everyone else x.new_zeros(len(asked), x.shape[1]).index_copy_(0, at, x) for x in found]
-    return torch.cat([c.double() for c in columns], 1)  # 53 bits hold an id and an fp32 number alike
-
-
 def _read(table: Tensor, asked: Seq[int | None], *, ranked: bool = False) -> tuple[list[Scored], list[float]]:
-    """A `_table`'s rows, and the numbers that lay beside them."""
+    """A table's rows, and the numbers that lay beside their tokens."""
     rows = table.tolist()
     if table.shape[1] == 2:  # nobody asked for more
         return [Scored(int(token), None) for token, _ in rows], [row[1] for row in rows]
-    most, scored = (table.shape[1] - 3 - ranked) // 2, []
-    for k, (token, _, *more) in zip(asked, rows, strict=True):
-        own, tops = (more[0], more[1 + ranked :]) if k is not None else (None, [])
-        ids = map(int, tops[most:])
-        scored.append(
-            Scored(
-                token_id=int(token),
-                logprob=own,
-                top=tuple(zip(ids, tops[:most], strict=True))[: k or 0],
-                rank=int(more[1]) if ranked and k is not None else None,
-            )
-        )
+    most, scored = (table.shape[1] - 4) // 2, []
+    for k, (token, _, own, rank, *tops) in zip(asked, rows, strict=True):
+        if k is None:
+            scored.append(Scored(int(token), None))
+            continue
+        top = tuple(zip(map(int, tops[most : most + k]), tops[:k], strict=True))
+        scored.append(Scored(int(token), own, top, int(rank) if ranked else None))
     return scored, [row[1] for row in rows]
 
 
@@ -164,7 +162,8 @@ def _heat(params: SamplingParams) -> float:
     return 1.0 if params.greedy else max(params.temperature, COLDEST)
 
 
-def _tempered(logits_RV: Tensor, heat: Seq[float]) -> Tensor:
+def _tempered(logits_RV: Tensor, heat: Seq[float], *, spends: bool = False) -> Tensor:
     if all(h == 1 for h in heat):
         return logits_RV
-    return logits_RV / put(heat, logits_RV.device, torch.float32)[:, None]
+    by_R1 = put(heat, logits_RV.device, torch.float32)[:, None]
+    return logits_RV.div_(by_R1) if spends else logits_RV / by_R1

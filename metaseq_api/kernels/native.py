@@ -78,6 +78,9 @@ class Native:
         self._draw = self._library.metaseq_draw
         self._draw.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT]
         self._draw.restype = None
+        self._rate = self._library.metaseq_rate
+        self._rate.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, _LONG, _LONG, _INT]
+        self._rate.restype = None
         self._attend = self._library.metaseq_attend
         self._attend.argtypes = [ctypes.POINTER(Step), *[_ADDRESS] * 6, _INT]
         self._attend.restype = None
@@ -184,6 +187,21 @@ class Native:
         tensors = (best_R.data_ptr(), chosen_R.data_ptr(), scores_RV.stride(0))
         self._draw(scores_RV.data_ptr(), choices_R4.buffer_info()[0], *tensors, num, width, torch.get_num_threads())
         return best_R, chosen_R
+
+    def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
+        """Of each of some rows: its chosen token's log-probability and rank, 1 for the likeliest; then the log-
+        probabilities of the `most` likeliest; then these. Shapes: [R, V], N, [R] -> [N, 2 + 2 most] in fp64."""
+        width = scores_RV.shape[1]
+        assert scores_RV.dtype == torch.float32
+        assert scores_RV.stride(1) == 1
+        assert chosen_R.dtype == torch.long
+        assert chosen_R.is_contiguous()
+        assert most <= width
+        found = torch.empty(len(rows), 2 + 2 * most, dtype=torch.double)
+        at_N = array("q", rows)
+        addresses = (scores_RV.data_ptr(), at_N.buffer_info()[0], chosen_R.data_ptr(), found.data_ptr())
+        self._rate(*addresses, scores_RV.stride(0), len(rows), width, most, torch.get_num_threads())
+        return found
 
 
 @functools.cache

@@ -6,14 +6,12 @@ does none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from metaseq_api.core import Batch
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import native
+from metaseq_api.kernels.native import Native, native
 from metaseq_api.kernels.reference import DecodeAttention
 from metaseq_api.model.attention import StepPlan, attend, plan_step
 from metaseq_api.model.cache import KVCache
@@ -21,8 +19,6 @@ from metaseq_api.model.native import NativePlan, attend_native, plan_native
 from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
 Plan = StepPlan | PagedPlan | NativePlan
-Pick = Callable[[Tensor, Sequence[tuple[float, float, int, float]]], tuple[Tensor, Tensor]]
-"""As `Native.draw`."""
 
 
 def decode_kernel(device: torch.device) -> DecodeAttention | None:
@@ -36,10 +32,9 @@ def decode_kernel(device: torch.device) -> DecodeAttention | None:
     return decode_attention
 
 
-def pick_kernel(device: torch.device) -> Pick | None:
-    """How tokens are chosen on this device, or None where torch's own operations serve."""
-    own = native() if device.type == "cpu" else None
-    return None if own is None else own.draw
+def score_kernels(device: torch.device) -> Native | None:
+    """Kernels that choose and rate tokens on this device, or None where torch's own operations serve."""
+    return native() if device.type == "cpu" else None
 
 
 def plan(batch: Batch, cache: KVCache, device: torch.device, kernel: DecodeAttention | None) -> Plan:

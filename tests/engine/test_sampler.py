@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, To
 
 from metaseq_api.core import SamplingParams
 from metaseq_api.engine.sampler import Row, Sampler
-from metaseq_api.model.paths import pick_kernel
+from metaseq_api.model.paths import score_kernels
 
 VOCAB = 3000
 SAMPLER = Sampler(num_tokens=VOCAB - 8, banned=[1])
@@ -20,9 +20,9 @@ SAMPLER = Sampler(num_tokens=VOCAB - 8, banned=[1])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test by torch's operations, and by the kernel of our own where there is one."""
     if request.param == "own":
-        if (pick := pick_kernel(torch.device("cpu"))) is None:
+        if (by := score_kernels(torch.device("cpu"))) is None:
             pytest.skip("this machine has no AMX, or no C compiler")
-        monkeypatch.setattr(sys.modules[__name__], "SAMPLER", Sampler(num_tokens=VOCAB - 8, banned=[1], pick=pick))
+        monkeypatch.setattr(sys.modules[__name__], "SAMPLER", Sampler(num_tokens=VOCAB - 8, banned=[1], by=by))
 
 
 def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaseq_api.engine.choosing import LIKELIEST, Choice, choose
+from metaseq_api.engine.choosing import LIKELIEST, ByTorch, Choice
 from metaseq_api.kernels.native import Native, native
 
 OWN = native()
@@ -55,7 +55,7 @@ def test_it_chooses_what_torch_chooses_where_nothing_is_cut(rows: int, width: in
         values = scores(rows, width, seed=seed)
         choices = [LIKELIEST if numbers.random() < 0.3 else Choice(numbers.random()) for _ in range(rows)]
         best, chosen = own().draw(values, choices)
-        want_best, want = choose(values.clone(), choices)
+        want_best, want = ByTorch().draw(values.clone(), choices)
         assert best.equal(want_best)
         assert chosen.equal(want)
 
