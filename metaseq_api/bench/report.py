@@ -26,6 +26,8 @@ from metaseq_api.machine import num_cores
 
 MARK = re.compile(r"<!-- run (?P<name>[\w.-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
 REPO = Path(__file__).parents[2]
+NOWHERE = ("--json", "--plot")
+PLACES = {"--harness": "HARNESS", "--work": "WORK"}
 
 
 def make(argv: Sequence[str], lines: Sequence[Sequence[str]], figures: object, *, headline: str = "") -> dict[str, Any]:
@@ -43,12 +45,16 @@ def make(argv: Sequence[str], lines: Sequence[Sequence[str]], figures: object, *
 
 
 def _told(argv: Sequence[str]) -> list[str]:
-    """The command without where its figures went, which changes nothing."""
-    told, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith(("--json=", "--plot=")) and word not in ("--json", "--plot"):
+    """The command without where its figures went, which changes nothing, and without the places of this machine."""
+    told, words = [], iter(argv)
+    for word in words:
+        flag, is_one, _ = word.partition("=")
+        if flag in (*NOWHERE, *PLACES) and not is_one:
+            next(words, None)  # its value
+        if flag in PLACES:
+            told += [flag, PLACES[flag]]
+        elif flag not in NOWHERE:
             told.append(word)
-        skip = not skip and word in ("--json", "--plot")
     return told
 
 

@@ -75,6 +75,12 @@ def test_a_page_shows_what_was_run_and_nothing_else() -> None:
     assert report.fill(filled, {"one": run}) == filled
 
 
+def test_a_command_is_told_without_the_places_of_this_machine() -> None:
+    argv = ["rivals", "--harness", "/a", "--work=/b", "--json=/c", "--rounds", "2", "--plot", "/d", "--shape=opt-125m"]
+    said = report.make(argv, [[""]], {})["command"]
+    assert said == "metaseq-api-bench rivals --harness HARNESS --work WORK --rounds 2 --shape=opt-125m"
+
+
 def test_a_run_without_a_place_on_the_page_is_refused() -> None:
     with pytest.raises(SettingsError, match="no place for one; add <!-- run one -->"):
         report.fill("nothing\n", {"one": {}})
