@@ -36,6 +36,8 @@ def _throughput(p: argparse.ArgumentParser) -> None:
     _subject(p, "opt-125m")
     _against(p)
     p.add_argument("--requests", type=_count, nargs="+", default=[32], metavar="N", help="at once (default: 32)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of every request (default: 0, greedy)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature (default: 1)")
     _lengths(p)
     _kept(p, plot=True)
 

@@ -21,7 +21,7 @@ from metaseq_api.bench.figures import SIDES, Row, cells, shown
 from metaseq_api.bench.plot import Points
 from metaseq_api.bench.services import clients, service
 from metaseq_api.bench.subject import Ours, Subject, ours, split, subject, theirs
-from metaseq_api.bench.work import Generate, Times, by_engine, by_peer
+from metaseq_api.bench.work import Generate, Sampling, Times, by_engine, by_peer
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import OPT_SHAPES
 from metaseq_api.errors import SettingsError
@@ -197,13 +197,14 @@ def _subject(args: Args, **more: Any) -> Subject:
 @contextlib.contextmanager
 def _sides(of: Subject, made: Ours, args: Args) -> Iterator[dict[str, Generate]]:
     """All in this thread: a second one that computes would slow both."""
-    sides = {"ours": _with_threads(made, by_engine(made.engine))}
+    how = Sampling(temperature=getattr(args, "temperature", 0.0), top_p=getattr(args, "top_p", 1.0))
+    sides = {"ours": _with_threads(made, by_engine(made.engine, how=how))}
     with contextlib.ExitStack() as stack:
         if args.ranks is not None:
             shared = stack.enter_context(split(of, args.ranks))
-            sides["split"] = _with_threads(shared, by_engine(shared.engine))
+            sides["split"] = _with_threads(shared, by_engine(shared.engine, how=how))
         if args.against == "hf":
-            sides["hf"] = _with_threads(made, by_peer(theirs(made.ready)))
+            sides["hf"] = _with_threads(made, by_peer(theirs(made.ready), how=how))
         yield sides
 
 

@@ -87,10 +87,12 @@ def generate(
     num: int,
     *,
     static: bool = False,
+    how: dict[str, Any] | None = None,
     banned: list[int] | None = None,
     told: Callable[[], object] | None = None,
 ) -> Generated:
-    """Continue prompts by `num` tokens, greedily, padded on the left; `static`: on a cache of fixed size, compiled.
+    """Continue prompts by `num` tokens, greedily unless `how` says otherwise, padded on the left; `static`: on a cache
+    of fixed size, compiled.
 
     `told` hears of the prompts before they are computed, then of each token of all.
     """
@@ -98,6 +100,7 @@ def generate(
     ids = torch.tensor([[1] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     more: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    more |= how or {}
     if banned is not None:
         more["suppress_tokens"] = banned
     if told is not None:

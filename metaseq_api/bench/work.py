@@ -1,4 +1,4 @@
-"""What each side is asked, and how long it takes: prompts that are nobody else's, answered greedily to the last token.
+"""What each side is asked, and how long it takes: prompts that are nobody else's, answered to the last token.
 
 Two times are never mixed: that until every request has its first token (the prompts'), and that of the tokens after it.
 Both are of one run: the engine's own counts tell when the first tokens were there, Hugging Face's streamer tells the
@@ -38,11 +38,25 @@ class Times:
         return (num_tokens - self.made) / (self.whole - self.first)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; as it comes, greedily."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def as_peer(self) -> dict[str, Any]:
+        """What Hugging Face's `generate` is told; by itself it would take the 50 likeliest alone."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
 Generate = Callable[[list[list[int]], int], Times]
-"""Continue every prompt by exactly so many tokens, greedily, and wait."""
+"""Continue every prompt by exactly so many tokens, and wait."""
 
 
-def by_engine(engine: Engine, clock: Clock = time.perf_counter) -> Generate:
+def by_engine(engine: Engine, clock: Clock = time.perf_counter, how: Sampling = Sampling()) -> Generate:
     """Run in this thread, which must be the one that loaded the model."""
     stats = engine.stats
 
@@ -51,7 +65,7 @@ def by_engine(engine: Engine, clock: Clock = time.perf_counter) -> Generate:
         return begun, begun + sum(stats.inter_token_s.counts)
 
     def generate(prompts: list[list[int]], num: int) -> Times:
-        params = SamplingParams(max_tokens=num, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=num, temperature=how.temperature, top_p=how.top_p, ignore_eos=True)
         (begun, before), first, by_then = made(), 0.0, 0
         began = clock()
         tickets = [engine.submit(Request(request_id="bench", prompts=(tuple(p),), params=params)) for p in prompts]
@@ -64,13 +78,13 @@ def by_engine(engine: Engine, clock: Clock = time.perf_counter) -> Generate:
     return generate
 
 
-def by_peer(model: Any, clock: Clock = time.perf_counter) -> Generate:
+def by_peer(model: Any, clock: Clock = time.perf_counter, how: Sampling = Sampling()) -> Generate:
     """A batch of unlike lengths is padded on the left, as Hugging Face has it."""
 
     def generate(prompts: list[list[int]], num: int) -> Times:
         came: list[float] = []  # the prompts, then each token of all
         began = clock()
-        peer.generate(model, prompts, num, told=lambda: came.append(clock() - began))
+        peer.generate(model, prompts, num, how=how.as_peer(), told=lambda: came.append(clock() - began))
         whole = clock() - began
         assert len(came) == 1 + num, len(came)
         return Times(first=came[1], made=len(prompts), whole=whole)

@@ -58,6 +58,33 @@ def test_both_sides_tell_when_the_last_first_token_was_there() -> None:
     assert ours.rate_after(15) == 12
 
 
+def test_both_sides_choose_tokens_as_they_are_told_to() -> None:
+    made = subject.ours(subject.subject(None, DEMO, Settings(threads=torch.get_num_threads())))
+    how, asked = work.Sampling(temperature=0.7, top_p=0.9), []
+    submit = made.engine.submit
+    made.engine.submit = lambda request: asked.append(request) or submit(request)  # type: ignore[method-assign,func-returns-value]
+    work.by_engine(made.engine, how=how)([[2, 5]], 3)
+    assert (asked[0].params.temperature, asked[0].params.top_p) == (0.7, 0.9)
+    model = subject.theirs(made.ready)
+    generate, told = model.generate, []
+    model.generate = lambda **more: told.append(more) or generate(**more)
+    work.by_peer(model, how=how)([[2, 5]], 3)
+    work.by_peer(model)([[2, 5]], 3)
+    assert [(t["do_sample"], t.get("temperature"), t.get("top_p"), t.get("top_k")) for t in told] == [
+        (True, 0.7, 0.9, 0),
+        (False, None, None, None),
+    ]
+
+
+def test_a_shape_is_asked_to_choose_among_all_its_tokens() -> None:
+    of = subject.subject("opt-125m", None, Settings())
+    vocab = of.settings.bpe_vocab
+    assert vocab is not None
+    ids = json.loads(vocab.read_text("utf-8"))
+    assert sorted(ids.values()) == list(range(OPT_SHAPES["opt-125m"].vocab_size))
+    assert subject.subject("opt-1.3b", None, Settings()).settings.bpe_vocab == vocab
+
+
 def test_prompts_are_of_the_same_lengths_each_time_and_never_the_same() -> None:
     one, two = work.mixed(8, "a"), work.mixed(8, "b")
     assert [len(p) for p in one] == [len(p) for p in two]
