@@ -87,6 +87,7 @@ bench: $(BIN)/.test  # a quarter of an hour or two on two cores, with 24 GB of m
 	$(BENCH) latency --shape opt-1.3b --dtype bf16 --against hf --new-tokens 64 --json $(RUNS)/latency-1.3b-bf16.json
 	$(BENCH) throughput --shape opt-125m --dtype fp32 --against hf --json $(RUNS)/throughput-125m-fp32.json
 	$(BENCH) throughput --shape opt-125m --dtype bf16 --against hf --json $(RUNS)/throughput-125m-bf16.json
+	$(BENCH) throughput --shape opt-125m --dtype bf16 --against hf --temperature 1 --top-p 0.9 --json $(RUNS)/sampled-125m-bf16.json
 	$(BENCH) latency --shape opt-125m --dtype fp32 --ranks 2 --json $(RUNS)/ranks-125m-fp32.json
 	$(BENCH) latency --shape opt-125m --dtype bf16 --ranks 2 --json $(RUNS)/ranks-125m-bf16.json
 	$(BENCH) throughput --shape opt-125m --dtype bf16 --ranks 2 --json $(RUNS)/ranks-many-125m-bf16.json
