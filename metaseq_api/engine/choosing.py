@@ -54,8 +54,8 @@ class Chooser(Protocol):
         ...
 
     def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
-        """Of each of some rows: its chosen token's log-probability and rank, 1 for the likeliest; then the log-
-        probabilities of the `most` likeliest; then these. 53 bits hold an id and an fp32 number alike.
+        """Of each of some rows, in their order: its chosen token's log-probability and rank, 1 for the likeliest; then
+        the log-probabilities of the `most` likeliest; then these. 53 bits hold an id and an fp32 number alike.
 
         Shapes: [R, V], N, [R] -> [N, 2 + 2 most] in fp64.
         """

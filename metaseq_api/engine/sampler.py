@@ -88,7 +88,7 @@ class Sampler:
         if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
             at_2N = put([*zip(*forbidden, strict=True)], device, torch.long)
             scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
-        best_R, chosen_R = self._by.draw(scores_RV, [_choice(r) for r in rows])
+        best_R, chosen_R = self._by.draw(scores_RV, [_choice(r, self._num_tokens) for r in rows])
         # the best passes NaN on, and -inf means that nothing was left to choose
         table = self._table(raw_RV, chosen_R, best_R.isfinite(), asked)
 
@@ -128,13 +128,13 @@ class Sampler:
         return torch.cat([table, found], 1)
 
 
-def _choice(row: Row) -> Choice:
+def _choice(row: Row, num_tokens: int) -> Choice:
     params = row.params
     if params.greedy:
         return LIKELIEST
     top_p = max(row.top_p, LEAST) if row.top_p < 1 else 1.0
     below = math.log(max(params.min_p, LEAST)) if params.min_p else -math.inf
-    return Choice(row.uniform, top_p, params.top_k or 0, below)
+    return Choice(row.uniform, top_p, min(params.top_k or 0, num_tokens), below)
 
 
 def _num_asked(params: SamplingParams) -> int | None:
@@ -152,7 +152,7 @@ def _read(table: Tensor, asked: Seq[int | None], *, ranked: bool = False) -> tup
         if k is None:
             scored.append(Scored(int(token), None))
             continue
-        top = tuple(zip(map(int, tops[most : most + k]), tops[:k], strict=True))
+        top = tuple(zip(map(int, tops[most:]), tops[:most], strict=True))[:k]
         scored.append(Scored(int(token), own, top, int(rank) if ranked else None))
     return scored, [row[1] for row in rows]
 

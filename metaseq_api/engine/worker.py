@@ -34,6 +34,7 @@ class Worker:
         self.cache = cache
         self._drawn = torch.zeros(max_ahead, dtype=torch.int32, device=model.context.device) if max_ahead else None
         self._room: Tensor | None = None
+        self._takes_room: bool = model.embed.output.takes_room
         self._kernel = decode_kernel(model.context.device)
         self._decode: DecodeSteps | None = None
         if graphs and self._kernel is not None and model.context.tensor_size == 1:
@@ -64,7 +65,7 @@ class Worker:
         hidden_RE = self.model(step, self.cache)
         for rows in hidden_RE.split(LOGIT_ROWS) if len(hidden_RE) else ():
             logits = self.model.logits(rows, self._room)
-            if logits is not None and not logits.is_cuda and (self._room is None or len(logits) > len(self._room)):
+            if self._takes_room and logits is not None and (self._room is None or len(logits) > len(self._room)):
                 self._room = logits
             yield logits
 

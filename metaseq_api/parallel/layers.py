@@ -98,9 +98,14 @@ class Linear(nn.Module):
             return F.relu(y)
         return F.gelu(y, approximate="tanh") if activation == "gelu" else y
 
+    @property
+    def takes_room(self) -> bool:
+        """Whether `wide` may write into what it wrote into before."""
+        return self.native is not None and self.context.tensor_size == 1
+
     def wide(self, x: Tensor, room: Tensor | None = None) -> Tensor:
         """forward(x), in fp32 where the sums are at hand in it, and then in `room` where it has so many rows."""
-        if self.native is not None and self.context.tensor_size == 1:
+        if self.native is not None and self.takes_room:
             return self.native.linear(x, self.weight, self.num_outputs, self.bias, dtype=torch.float32, room=room)
         return self.forward(x)
 

@@ -149,3 +149,14 @@ def test_a_step_hands_over_its_numbers_in_one_copy_and_asks_once_more_for_top_p(
     monkeypatch.setattr(sys.modules[__name__], "SAMPLER", Sampler(num_tokens=VOCAB - 8, banned=[1]))  # as on a GPU
     choose(logits(rows=4), *(row(0.1 * i, **params) for i in range(3)), row(temperature=0, forbidden=(2, 3)))
     assert len(copies) == waits
+
+
+def test_more_may_be_asked_for_than_there_is() -> None:
+    values = logits()
+    (found,) = SAMPLER.sample(values, [row(0.3, top_k=10**400, logprobs=5)])
+    (want,) = SAMPLER.sample(values, [row(0.3, logprobs=5)])
+    assert found == want
+    few = Sampler(num_tokens=3, banned=[1], by=SAMPLER._by)
+    (found,) = few.sample(values[:, :3].contiguous(), [row(temperature=0, logprobs=5)])
+    assert found is not None
+    assert len(found.top) == 3

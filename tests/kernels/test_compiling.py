@@ -1,9 +1,11 @@
-"""The Triton kernels compile for a Hopper GPU: types hold, nothing spills, and memory is read 16 bytes at a time."""
+"""The Triton kernels compile for a Hopper GPU: types hold, nothing spills, and memory is read 16 bytes at a time. Those of
+a CPU compile without an optimiser's help, which not every compiler gives alike."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from metaseq_api.kernels import have_triton
+from metaseq_api.kernels.native import SOURCES, native
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +33,14 @@ def test_kernels_compile_for_a_hopper_gpu_without_spilling_and_with_wide_loads(t
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["reg"] <= 168, kernel
         assert kernel["wide"], kernel
+
+
+@pytest.mark.skipif(native() is None, reason="this machine has no AMX, or no C compiler")
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_cpus_kernels_compile_without_an_optimiser(compiler: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    for source in sorted(SOURCES.glob("*.c")):
+        command = [compiler, "-O0", "-march=native", "-fPIC", "-c", str(source), "-o", str(tmp_path / "out.o")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr

@@ -68,11 +68,12 @@ static double sum_of(const float *w, long num) {
 
 /* Copy those that are at least `pivot`, or those below it and above 0; how many. */
 static long sift(const float *w, float *to, long num, float pivot, int above) {
-    __m512 p = _mm512_set1_ps(pivot), zero = _mm512_setzero_ps();
+    __m512 p = _mm512_set1_ps(pivot);
+    __mmask16 flip = above ? 0 : 0xffff; /* a comparison must be known when it is compiled */
     long n = 0;
     for (long i = 0; i < num; i += 16) {
         __m512 v = _mm512_maskz_loadu_ps(lanes(num - i), w + i);
-        __mmask16 takes = _mm512_cmp_ps_mask(v, p, above ? _CMP_GE_OQ : _CMP_LT_OQ) & _mm512_cmp_ps_mask(v, zero, _CMP_GT_OQ);
+        __mmask16 takes = (_mm512_cmp_ps_mask(v, p, _CMP_GE_OQ) ^ flip) & _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
         _mm512_mask_compressstoreu_ps(to + n, takes, v);
         n += __builtin_popcount(takes);
     }
