@@ -1,5 +1,7 @@
-"""The Triton kernels compile for a Hopper GPU: types hold, nothing spills, and memory is read 16 bytes at a time. A CPU's
-kernels compile without an optimiser, for compilers do not optimise alike."""
+"""The Triton kernels compile for a Hopper GPU: types hold, nothing spills, and memory is read 16 bytes at a time.
+
+A CPU's kernels compile without an optimiser, for compilers do not optimise alike.
+"""
 
 from __future__ import annotations
 
