@@ -43,14 +43,18 @@ def measure(of: Subject, load: Load, say: Callable[[str], object]) -> list[Row]:
     """Both sides in turns; every figure a row."""
     alone = Alone(of)
     rows: dict[str, Row] = {}
-    with service(of) as running, clients(running.host, running.port) as order:
+    with (
+        service(of) as running,
+        clients(running.host, running.port) as order,
+        clients(running.host, running.port, nice=19) as crowd,
+    ):
         order(_requests(1, 50))
-        _streams_round(alone, order, running.pid, load.streams, 8)  # both sides warm
+        _streams_round(alone, crowd, running.pid, load.streams, 8)  # both sides warm
         for turn in range(load.rounds):
             for kind, figures in (
                 ("one request at a time", _latency_round(alone, order)),
                 (f"{load.connections} connections", _requests_round(alone, order, running.pid, load)),
-                (f"{load.streams} streams", _streams_round(alone, order, running.pid, load.streams, load.tokens)),
+                (f"{load.streams} streams", _streams_round(alone, crowd, running.pid, load.streams, load.tokens)),
             ):
                 for (what, unit), value in figures.items():
                     rows.setdefault(f"{kind}: {what}", Row(what=f"{kind}: {what}", unit=unit)).add("ours", value)

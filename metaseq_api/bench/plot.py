@@ -45,7 +45,12 @@ class _Axis:
 
 
 def svg(title: str, series: Mapping[str, Points], roofline: Points = ()) -> str:
-    """One curve for each name, and the roofline that none can be above."""
+    """One curve for each name, and the roofline that none can be above.
+
+    A point at zero (all tokens of an answer were found at once) has no place between decades, and is left out.
+    """
+    shown = {name: [p for p in points if min(p) > 0] for name, points in series.items()}
+    series = {name: points for name, points in shown.items() if points}
     everything = [p for points in (*series.values(), roofline) for p in points]
     assert everything, "nothing to plot"
     x = _Axis.over([1e3 * s for s, _ in everything], LEFT, WIDTH - RIGHT)

@@ -80,16 +80,17 @@ def service(of: Subject) -> Iterator[Service]:
 
 
 @contextmanager
-def clients(host: str, port: int) -> Iterator[Order]:
+def clients(host: str, port: int, *, nice: int = 0) -> Iterator[Order]:
     """A process of clients that does what it is ordered and says how long that took.
 
-    It stands for other machines, and takes what the service leaves: its priority is the lowest.
+    nice: with 19 it takes what the service leaves, as clients on other machines do; and finds several tokens at once,
+    so that it can tell how long all took, but not when each came.
     """
     code = f"from metaseq_api.bench.clients import child; child({host!r}, {port})"
     with subprocess.Popen(
         [sys.executable, *SAFE, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+        os.setpriority(os.PRIO_PROCESS, process.pid, nice)
         assert process.stdin
         assert process.stdout
         to, back = process.stdin, process.stdout

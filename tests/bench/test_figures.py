@@ -63,6 +63,14 @@ def test_a_point_that_is_faster_is_drawn_further_left_and_higher() -> None:
     assert {"a < b", "ours", "hf", "roofline"} <= set(texts)
 
 
+def test_a_point_at_zero_is_left_out_of_a_plot() -> None:
+    root = ET.fromstring(plot.svg("t", {"ours": [(0.0, 100), (0.02, 800)], "hf": [(0.0, 5)]}, [(0.005, 200)]))
+    texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "ours" in texts
+    assert "hf" not in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 1
+
+
 def test_a_page_shows_what_was_run_and_nothing_else() -> None:
     page = "# Title\n\n<!-- run one -->\nold\n<!-- end -->\nbetween\n<!-- run two -->\nold\n<!-- end -->\n"
     run = report.make(["latency", "--json", "x.json", "--shape", "opt-125m"], [["", "a"], ["row", "1"]], {})
