@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.own_kernels import needs_own
 
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import SOURCES, native
+from metaseq_api.kernels.native import SOURCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def test_kernels_compile_for_a_hopper_gpu_without_spilling_and_with_wide_loads(t
         assert kernel["wide"], kernel
 
 
-@pytest.mark.skipif(native() is None, reason="this machine has no AMX, or no C compiler")
+@needs_own
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_a_cpus_kernels_compile_without_an_optimiser(compiler: str, tmp_path: Path) -> None:
     if shutil.which(compiler) is None:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.own_kernels import needs_own, own
 from torch import Tensor
 
-from metaseq_api.kernels.native import native
 from metaseq_api.machine import has_amx
 
-OWN = native()
-pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
+pytestmark = needs_own
 IN_A_CHILD = """
 import os, signal, torch
 from metaseq_api.kernels.native import native
@@ -41,11 +40,10 @@ def threads() -> Iterator[None]:
 
 
 def product(seed: int, num_threads: int) -> Tensor:
-    assert OWN is not None
     torch.set_num_threads(num_threads)
     given = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(100, 192, generator=given), torch.randn(1000, 192, generator=given)
-    return OWN.linear(x, OWN.pack(weight), 1000, None)
+    return own().linear(x, own().pack(weight), 1000, None)
 
 
 @pytest.mark.parametrize("num", [2, 3, 17])

@@ -8,19 +8,13 @@ import random
 
 import pytest
 import torch
+from support.own_kernels import needs_own, own
 from torch import Tensor
 
 from metaseq_api.engine.choosing import LIKELIEST, ByTorch, Choice
-from metaseq_api.kernels.native import Native, native
 
-OWN = native()
-pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
+pytestmark = needs_own
 LAST = 1 - 2**-53
-
-
-def own() -> Native:
-    assert OWN is not None
-    return OWN
 
 
 def scores(rows: int, width: int, *, seed: int = 0, spread: float = 3.0) -> Tensor:

@@ -9,23 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.own_kernels import needs_own, own
 from torch import Tensor
 
 from metaseq_api.kernels import native as module
-from metaseq_api.kernels.native import Native, native
+from metaseq_api.kernels.native import native
 
-OWN = native()
-pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
+pytestmark = needs_own
 DTYPE = torch.bfloat16
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
-
-
-def own() -> Native:
-    assert OWN is not None
-    return OWN
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 600])

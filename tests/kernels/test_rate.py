@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.own_kernels import needs_own, own
 from torch import Tensor
 
 from metaseq_api.engine.choosing import ByTorch
-from metaseq_api.kernels.native import Native, native
 
-OWN = native()
-pytestmark = pytest.mark.skipif(OWN is None, reason="this machine has no AMX, or no C compiler")
-
-
-def own() -> Native:
-    assert OWN is not None
-    return OWN
+pytestmark = needs_own
 
 
 def scores(rows: int, width: int) -> Tensor:

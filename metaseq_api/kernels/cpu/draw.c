@@ -58,11 +58,7 @@ static void weigh_all(const float *s, float *w, long num, float best, float leas
 
 static double sum_of(const float *w, long num) {
     __m512d sum = _mm512_setzero_pd();
-    for (long i = 0; i < num; i += 16) {
-        __m512 v = _mm512_maskz_loadu_ps(lanes(num - i), w + i);
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
-    }
+    for (long i = 0; i < num; i += 16) sum = add_wide(sum, _mm512_maskz_loadu_ps(lanes(num - i), w + i));
     return _mm512_reduce_add_pd(sum);
 }
 

@@ -19,9 +19,7 @@ static double log_of_sum(const float *s, long num) {
     __m512d sum = _mm512_setzero_pd();
     for (long i = 0; i < num; i += 16) {
         __mmask16 mask = lanes(num - i);
-        __m512 w = _mm512_maskz_mov_ps(mask, exponent(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + i), top)));
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(w)));
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(w, 1)));
+        sum = add_wide(sum, _mm512_maskz_mov_ps(mask, exponent(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + i), top))));
     }
     return best + log(_mm512_reduce_add_pd(sum));
 }
