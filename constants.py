@@ -28,7 +28,7 @@ CACHE_TOKENS = None
 PREFIX_CACHE = True
 """Whether prompts that begin alike are computed from where they differ."""
 CUDA_GRAPHS = True
-"""Whether a GPU that holds a whole model replays its decode steps as CUDA graphs, made at start-up."""
+"""Whether a GPU replays its decode steps as CUDA graphs, made at start-up."""
 RUN_AHEAD = None
 """Whether a step is started before what the one before drew has been read. None: on a GPU."""
 CACHE_SIZE = 0

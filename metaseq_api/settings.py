@@ -55,7 +55,7 @@ class Settings:
     prefix_cache: bool = True
     """Whether prompts that begin alike are computed from where they differ."""
     cuda_graphs: bool = True
-    """Whether a GPU that holds a whole model replays its decode steps as CUDA graphs."""
+    """Whether a GPU replays its decode steps as CUDA graphs."""
     run_ahead: bool | None = None
     """Whether a step is started before what the one before drew has been read; None: on a GPU."""
     cache_size: int = 0

@@ -77,7 +77,14 @@ def ways(model: OPT, cache: KVCache) -> dict[str, Run]:
         return run
 
     def stepped(steps: DecodeSteps, else_: Run) -> Run:
-        return lambda batch: steps.run(batch).clone() if steps.takes(batch) else else_(batch)
+        def run(batch: Batch) -> Tensor:
+            if not steps.takes(batch):
+                return else_(batch)
+            found = steps.run(batch)
+            assert found is not None
+            return found.clone()
+
+        return run
 
     out = {
         "plain torch": whole(lambda batch: plan(batch, cache, device, None)),

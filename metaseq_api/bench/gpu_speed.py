@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from metaseq_api.bench import peer
+from metaseq_api.bench.vocabulary import filled_up
 from metaseq_api.core import Batch, BatchItem, ModelConfig, Request, SamplingParams
 from metaseq_api.core.config import POSITION_OFFSET
 from metaseq_api.engine.channel import Channel
@@ -30,8 +31,7 @@ from metaseq_api.model.weights import DeviceWeights
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
-from metaseq_api.settings import DEMO
-from metaseq_api.tokenizer import PAD_ID, Tokenizer, find_files
+from metaseq_api.tokenizer import PAD_ID, Tokenizer
 
 Figure = tuple[str, float, str]
 """What, how much, and of what unit."""
@@ -94,7 +94,7 @@ def make_engine(worker: Worker, max_batch_tokens: int = 2048) -> Engine:
             max_batch_tokens=max_batch_tokens,
             max_batch_size=MAX_BATCH_SIZE,
         ),
-        tokenizer=Tokenizer.load(*find_files(DEMO, None, None), model_vocab_size=config.vocab_size),
+        tokenizer=Tokenizer.load(*filled_up(config.vocab_size), model_vocab_size=config.vocab_size),
         limits=Limits(max_seq_len=config.max_positions),
         model_name="bench",
     )
@@ -250,7 +250,5 @@ def greedy(config: ModelConfig, device: torch.device) -> tuple[int, int]:
     model = peer.hugging_face(config, DeviceWeights(config, device, torch.float32), device, torch.float32)
     asked = [p for i, length in enumerate((5, 64, 31, 100, 8)) for p in prompts(1, length, 40 + i)]
     got = answer(ours, asked, 24)
-    tokenizer = Tokenizer.load(*find_files(DEMO, None, None), model_vocab_size=config.vocab_size)
-    banned = [PAD_ID, *range(tokenizer.vocab_size, config.vocab_size)]  # what the engine never chooses
-    want = [peer.generate(model, [p], 24, banned=banned)[0] for p in asked]
+    want = [peer.generate(model, [p], 24, banned=[PAD_ID])[0] for p in asked]  # which the engine never chooses
     return sum(g == w for a, b in zip(got, want, strict=True) for g, w in zip(a, b, strict=True)), 24 * len(asked)

@@ -6,14 +6,9 @@ fits; they are the same numbers for everybody who reads them in one run. Does no
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import json
 import math
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +20,7 @@ from torch import Tensor
 
 from metaseq_api import host
 from metaseq_api.bench import peer, shape_host
+from metaseq_api.bench.vocabulary import filled_up
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.counted import Loadable
 from metaseq_api.checkpoint.opening import open_checkpoint
@@ -117,22 +113,8 @@ def subject(shape: str | None, checkpoint: Path | None, settings: Settings) -> S
     if shape is None:
         assert checkpoint is not None
         return Subject(replace(settings, checkpoint=checkpoint, demo=checkpoint == DEMO), None)
-    vocab, merges = _vocabulary(OPT_SHAPES[shape].vocab_size), DEMO / "merges.txt"
+    vocab, merges = filled_up(OPT_SHAPES[shape].vocab_size)
     return Subject(replace(settings, checkpoint=Path(shape), bpe_vocab=vocab, bpe_merges=merges), shape)
-
-
-@functools.cache
-def _vocabulary(num_tokens: int) -> Path:
-    """The demo's tokens, and as many made up as a shape has more: to choose among all costs what it does in earnest.
-
-    The file lies there until this process ends.
-    """
-    ids = json.loads((DEMO / "vocab.json").read_text("utf-8"))
-    ids |= {f"\u0120made{n}": n for n in range(len(ids), num_tokens)}
-    folder = Path(tempfile.mkdtemp(prefix="metaseq-api-bench-"))
-    atexit.register(shutil.rmtree, folder)
-    (folder / "vocab.json").write_text(json.dumps(ids), "utf-8")
-    return folder / "vocab.json"
 
 
 def default_device(named: str | None) -> torch.device:

@@ -24,7 +24,7 @@ LOGIT_ROWS = 256
 
 
 class Worker:
-    """One rank's model and cache. With `graphs`, a GPU that holds a whole model replays its decode steps.
+    """One rank's model and cache. With `graphs`, a GPU replays its decode steps.
 
     max_ahead: how many tokens the driver may leave unread; 0: none, it waits for each step.
     """
@@ -37,7 +37,7 @@ class Worker:
         self._takes_room: bool = model.embed.output.takes_room
         self._kernel = decode_kernel(model.context.device)
         self._decode: DecodeSteps | None = None
-        if graphs and self._kernel is not None and model.context.tensor_size == 1:
+        if graphs and self._kernel is not None:
             self._decode = DecodeSteps(model, cache, self._kernel, self._drawn)
 
     @property

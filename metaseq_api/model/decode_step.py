@@ -4,10 +4,12 @@ captured once for each batch size of a ladder, and then replayed as one CUDA gra
 A Batch is put into the next larger size; rows that pad it have a context of no tokens, touch no cache, and are cut off.
 The same planning, buffers and forward pass run without a capture on a CPU.
 
-Knows the model and the plan. Does not know scheduling or sampling. Not for a model split over ranks, whose logits are
-gathered outside the model.
+Where the model is split, each rank captures its own part, sums between ranks included, and the logits are gathered
+after the replay: all ranks make the same sizes in the same order.
 
-Shapes: B rows of one size of the ladder, N blocks of the longest table, V vocabulary.
+Knows the model and the plan. Does not know scheduling or sampling.
+
+Shapes: B rows of one size of the ladder, N blocks of the longest table, V vocabulary, Vn this rank's share of it.
 """
 
 from __future__ import annotations
@@ -64,14 +66,13 @@ class DecodeStep:
             attention=attention, token_ids_T=tokens, positions_T=positions, logit_rows=rows, singles=singles
         )
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits_BV: Tensor | None = None
+        self._own_logits_BVn: Tensor
 
     def _forward(self) -> Tensor:
         if self._drawn is not None:
             self.plan.token_ids_T.copy_(known(self.plan.token_ids_T, self._drawn))
-        logits = self.model.logits(self.model(self.plan, self.cache))
-        assert logits is not None
-        return logits
+        own: Tensor = self.model.embed.own_logits(self.model(self.plan, self.cache))
+        return own
 
     @torch.inference_mode()
     def capture(self, pool: object) -> None:
@@ -85,18 +86,22 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
-            self._logits_BV = self._forward()
+            self._own_logits_BVn = self._forward()
         self._graph = graph
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """The items' logits, valid until the next run. Shapes: -> [len(batch.items), V] fp32."""
+    def run(self, batch: Batch) -> Tensor | None:
+        """The items' logits, valid until the next run.
+
+        Shapes: -> [len(batch.items), V] fp32 on the driver; None on the other ranks.
+        """
         put_into(self._inputs, self._words(batch))
         if self._graph is None:
-            return self._forward()[: len(batch.items)]
-        self._graph.replay()
-        assert self._logits_BV is not None
-        return self._logits_BV[: len(batch.items)]
+            self._own_logits_BVn = self._forward()
+        else:
+            self._graph.replay()
+        logits: Tensor | None = self.model.embed.joined(self._own_logits_BVn[: len(batch.items)])
+        return logits
 
     def _words(self, batch: Batch) -> np.ndarray:
         words = np.zeros(len(self._inputs), np.int32)
@@ -124,7 +129,6 @@ class DecodeSteps:
         *,
         capture: bool = True,
     ) -> None:
-        assert model.context.tensor_size == 1
         self._model, self._cache, self._attention, self._capture = model, cache, attention, capture
         self._drawn = drawn
         self._steps: dict[int, DecodeStep] = {}
@@ -134,8 +138,8 @@ class DecodeSteps:
         """Whether every item of a Batch feeds one token and wants its logits."""
         return len(batch.items) <= LARGEST and all(i.num_logits == len(i.token_ids) == 1 for i in batch.items)
 
-    def run(self, batch: Batch) -> Tensor:
-        """The items' logits, valid until the next run. Shapes: -> [len(batch.items), V] fp32."""
+    def run(self, batch: Batch) -> Tensor | None:
+        """As DecodeStep.run."""
         return self._step(ladder(len(batch.items))[-1]).run(batch)
 
     def prepare(self, largest: int) -> None:

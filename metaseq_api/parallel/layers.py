@@ -188,7 +188,16 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor | None:
         """Perhaps in `room`, earlier ones. Shapes: [T, E] -> [T, V] in fp32 on the driver, None elsewhere."""
-        parts = self.context.gather(self.output.wide(hidden, room))
+        return self.joined(self.own_logits(hidden, room))
+
+    def own_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """Those of this rank's tokens, in fp32 where these are all. Shapes: [T, E] -> [T, Vn]."""
+        own = self.output.wide(hidden, room)
+        return own.float() if self.context.tensor_size == 1 else own
+
+    def joined(self, own_logits: Tensor) -> Tensor | None:
+        """All ranks' `own_logits` side by side. Shapes: [T, Vn] -> [T, V] in fp32 on the driver, None elsewhere."""
+        parts = self.context.gather(own_logits)
         return None if parts is None else _cat(parts, dim=1).float()
 
 

@@ -31,10 +31,11 @@ def test_ranks_together_give_one_ranks_logits(size: int, nodes: list[str], tmp_p
         ranks.append(subprocess.Popen([sys.executable, str(script), *about], env=env))
     assert [p.wait(120) for p in ranks] == [0] * size
     for model, (_, dtype), got in zip(hf, rank_logits.CASES, torch.load(out), strict=True):
-        want = rank_logits.run(Driver(config_of(model), TensorWeights(metaseq_weights(model)), dtype=dtype))
-        # bf16: partial sums are rounded to 8 bits before they are added up (of four: 0.023 off; either 0.02 off fp32)
-        close = 1e-4 if dtype is torch.float32 else 12 * 2.0**-8 * float(want.std())
-        torch.testing.assert_close(got, want, atol=close, rtol=0)
+        driver = Driver(config_of(model), TensorWeights(metaseq_weights(model)), dtype=dtype)
+        for found, want in zip(got, (rank_logits.run(driver), rank_logits.run_fixed(driver)), strict=True):
+            # bf16: partial sums are rounded to 8 bits, then added up (of four: 0.023 off; either 0.02 off fp32)
+            close = 1e-4 if dtype is torch.float32 else 12 * 2.0**-8 * float(want.std())
+            torch.testing.assert_close(found, want, atol=close, rtol=0)
 
 
 def test_a_rank_may_come_later_than_a_collective_may_take(tmp_path: Path) -> None:

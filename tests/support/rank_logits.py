@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from support.steps import Driver
 
-from metaseq_api.core import ModelConfig
+from metaseq_api.core import Batch, BatchItem, ModelConfig
+from metaseq_api.kernels import reference
+from metaseq_api.model.decode_step import DecodeSteps
 from metaseq_api.model.weights import TensorWeights
 from metaseq_api.parallel.context import join, leave
 
@@ -32,6 +34,22 @@ def run(driver: Driver) -> torch.Tensor:
     return torch.cat(got) if got else torch.empty(0)
 
 
+def run_fixed(driver: Driver) -> torch.Tensor:
+    """Two sequences of single tokens as a GPU takes them, from buffers that always lie in the same memory."""
+    steps = DecodeSteps(driver.model, driver.cache, reference.decode_attention, capture=False)
+    singles = [
+        tuple(
+            BatchItem(start=at, token_ids=(token,), block_ids=blocks[: at // 8 + 1], num_logits=1, num_prompt=0)
+            for token, blocks in ((PROMPT[at], (13, 11)), (PROMPT[-1 - at], (12, 10)))
+        )
+        for at in range(12)
+    ]
+    # three rows of a size of four: one more sequence of one token
+    singles[-1] += (BatchItem(start=0, token_ids=(7,), block_ids=(15,), num_logits=1, num_prompt=0),)
+    got = [steps.run(Batch(items=items)) for items in singles]
+    return torch.cat([logits.clone() for logits in got if logits is not None] or [torch.empty(0)])
+
+
 def save(folder: Path, models: list[tuple[ModelConfig, dict[str, torch.Tensor]]]) -> None:
     """One for each of CASES."""
     torch.save([(dataclasses.asdict(config), weights) for config, weights in models], folder / MODELS)
@@ -46,7 +64,8 @@ def main() -> None:
     assert context.least(100 - rank) == 101 - size
     models, found = torch.load(Path(out).with_name(MODELS)), []
     for (config, weights), (_, dtype) in zip(models, CASES, strict=True):
-        found.append(run(Driver(ModelConfig(**config), TensorWeights(weights), context=context, dtype=dtype)))
+        driver = Driver(ModelConfig(**config), TensorWeights(weights), context=context, dtype=dtype)
+        found.append((run(driver), run_fixed(driver)))
     context.wait_for_all("done", timeout_s=60)
     if rank == 0:
         torch.save(found, out)
