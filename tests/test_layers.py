@@ -51,6 +51,7 @@ FAIRSCALE_ONLY_IN = {"metaseq_api/checkpoint/trainer.py"}
 BROAD_EXCEPTS = {
     "metaseq_api/engine/engine.py",  # the batching thread
     "metaseq_api/launch/child.py",  # a rank
+    "metaseq_api/server/later.py",  # a view whose answer was put off
     "metaseq_api/resident.py",  # the thread of an engine in a caller's process
     "metaseq_api/settings.py",  # an operator's constants.py, which is a program
 }

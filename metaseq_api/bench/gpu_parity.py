@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from metaseq_api.bench import peer
@@ -47,6 +48,22 @@ TINY = {
     "gelu": ModelConfig(num_layers=2, hidden_dim=128, num_heads=2, ffn_dim=256, vocab_size=VOCAB, activation="gelu"),
 }
 Run = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped(ParallelContext):
+    """One rank that sums over a group as those of a split model do, alone in it: so the graph of such a model is
+    captured, and replayed, on one GPU."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+def _grouped(device: torch.device) -> Grouped:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return Grouped(device=device, group=dist.group.WORLD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +118,22 @@ def ways(model: OPT, cache: KVCache) -> dict[str, Run]:
     return out
 
 
-def check_model(name: str, config: ModelConfig, device: torch.device, dtypes: list[str], std: float) -> Iterator[Check]:
+def check_model(
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    dtypes: list[str],
+    std: float,
+    context: ParallelContext | None = None,
+) -> Iterator[Check]:
     """Every way and dtype of one model, against Hugging Face."""
     weights = DeviceWeights(config, device, torch.float32, std=std)
     texts = [_text(50, 1), _text(37, 2), _text(70, 3)]
     want = _theirs(config, weights, device, "fp32", texts)
     halves = {d: _theirs(config, weights, device, d, texts) for d in dtypes if d != "fp32"}
     bounds = {"fp32": ATOL} | {d: WORSE * _rms(got, want) for d, got in halves.items()}
+    context = context or ParallelContext(device=device)
     for dtype in dtypes:
-        context = ParallelContext(device=device)
         model = OPT(config, context, DTYPES[dtype])
         model.load(weights)
         cache = KVCache(config, context, DTYPES[dtype], num_blocks=40, block_size=BLOCK)
@@ -132,6 +156,8 @@ def parity(device: torch.device, shape: str) -> Iterator[Check]:
         return
     for name, config in TINY.items():
         yield from check_model(name, config, device, list(DTYPES), 0.08)
+    name = "head width 64"
+    yield from check_model(f"{name}, sums over a group", TINY[name], device, ["bf16"], 0.08, _grouped(device))
 
 
 def kernels(device: torch.device) -> Iterator[Check]:

@@ -18,6 +18,8 @@ from metaseq_api.errors import MetaseqApiError
 class PendingAnswer:
     """Implements core.protocols.Answer, but for `cancel`."""
 
+    admitted = True
+
     def __init__(self) -> None:
         self.ended = False
         self._ended = threading.Event()  # the same, for those who wait

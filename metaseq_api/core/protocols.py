@@ -48,8 +48,14 @@ class Answer(Protocol):
         """Whether it is complete, or failed: what `take` then returns is the last."""
         ...
 
+    @property
+    def admitted(self) -> bool:
+        """Streamed: whether the engine has taken the request. One that has ended without was refused."""
+        ...
+
     def watch(self, wake: Callable[[], None]) -> None:
-        """Streamed: have `wake` called, at most once a step, when there is something to take or the answer has ended.
+        """Have `wake` called when the answer has ended; streamed, also when it is admitted, and at most once a step
+        when there is something to take.
 
         The engine's thread calls it: it must neither block nor fail. It is called at once where something is there.
         """

@@ -2,8 +2,8 @@
 
 Knows HTTP. Does not know the fields of a body (`schema`), sockets and threads (`run`), the page (`page`), or how
 text is made.
-The life of a request here: an id, a body, a `core.Request`, the engine's Answer awaited while the client is still
-there, JSON, one line in the log. Who may ask, and how much, is `guard`'s: one more hook on either side.
+The life of a request here: an id, a body, a `core.Request`; when the engine's Answer has come (`later`), JSON and one
+line in the log. Who may ask, and how much, is `guard`'s: one more hook on either side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flask
@@ -32,10 +32,12 @@ from metaseq_api.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from metaseq_api.server import energonai, page, schema, terms
+from metaseq_api.server import energonai, page, schema
 from metaseq_api.server.around import Around
+from metaseq_api.server.asker import Asker, ClientGone, explain, line_of
 from metaseq_api.server.guard import Guard
-from metaseq_api.server.stream import Stream, stopping
+from metaseq_api.server.later import App, Later
+from metaseq_api.server.stream import Stream
 from metaseq_api.server.wire import read_json as _read_json
 from metaseq_api.server.wire import to_json as _json
 from metaseq_api.settings import Settings
@@ -44,14 +46,10 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 8 << 20
 """Units: bytes."""
-POLL_S = 0.2
-"""Units: seconds between looks at whether the client of a running request is still there."""
 CLOSING = "metaseq_api.closing"
 """Key of app.extensions: an Event; once it is set, waiting requests are given up and answered 503."""
-WHEN_GONE = "metaseq_api.when_gone"
-"""Key of a request's environ: have a function called when the client goes away. `channel` puts it there."""
-TAKE_OVER = "metaseq_api.take_over"
-"""Key of a request's environ: leave a Stream to the server, which sends it after the head of the (empty) answer."""
+AT_ONCE = "metaseq_api.at_once"
+"""Key of app.extensions: paths whose views wait for nothing, so that whoever must not wait may run them."""
 COMPLETION_PATHS = (
     "/completions",
     "/v1/completions",
@@ -59,6 +57,7 @@ COMPLETION_PATHS = (
     "/v2/engines/<path:engine>/completions",
     "/engines/<path:engine>/completions",
 )
+AT_ONCE_PATHS = (*COMPLETION_PATHS, "/v1/chat/completions", "/chat/completions", "/generate", "/generation")
 ELSEWHERE = "X-Retry-Elsewhere"
 """Header by which a proxy in front of several services says that it sends on, by itself, what has status 425: a request
 that was not begun here. Any other 503 may have cost a step already, or may even be why a rank was lost."""
@@ -71,10 +70,6 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499  # nobody reads it; nginx's number, for the log
 
 
-class _ClientGone(Exception):
-    """The client hung up before its answer was ready."""
-
-
 def create_app(
     engine: EngineProtocol,
     settings: Settings,
@@ -84,30 +79,33 @@ def create_app(
     guard: Guard | None = None,
 ) -> Flask:
     """The WSGI application that serves `engine`, guarded as the settings say. Raises: SettingsError."""
-    app = Flask(__name__, static_folder=None, template_folder=None)
+    app = App(__name__, static_folder=None, template_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     closing = app.extensions[CLOSING] = threading.Event()
-    front = _Front(engine, settings, clock, new_id, closing, guard or Guard(settings))
+    guard = guard or Guard(settings)
+    asker = Asker(engine, guard, clock=clock, closing=closing)
+    front = _Front(engine, settings, asker, clock, new_id)
 
     app.before_request(front.begin)
     app.after_request(front.end)
-    front.guard.install(app)
+    guard.install(app)
     for error, handler in (
         (MetaseqApiError, front.refused),
         (HTTPException, front.refused_by_flask),
-        (_ClientGone, lambda _: ("", _CLIENT_GONE)),
+        (ClientGone, lambda _: ("", _CLIENT_GONE)),
         (Exception, front.failed),
     ):
         app.register_error_handler(error, handler)
 
+    app.extensions[AT_ONCE] = frozenset(AT_ONCE_PATHS)
     for path in COMPLETION_PATHS:
         app.add_url_rule(path, f"completions {path}", front.completions, methods=["POST"])
     app.add_url_rule("/generate", "generate", front.generate, methods=["POST"])
     app.add_url_rule("/generation", "generation", front.generation, methods=["POST"])
     app.add_url_rule("/", "page", front.page, methods=["GET"])
-    Around(engine, settings, front, clock=clock, new_id=new_id, closing=closing).install(app)
+    Around(engine, settings, asker, clock=clock, new_id=new_id, closing=closing).install(app)
     return app
 
 
@@ -118,119 +116,53 @@ class _Front:
         self,
         engine: EngineProtocol,
         settings: Settings,
+        asker: Asker,
         clock: Callable[[], float],
         new_id: Callable[[], str],
-        closing: threading.Event,
-        guard: Guard,
     ) -> None:
-        self.engine, self.settings, self.clock, self.new_id, self.closing = engine, settings, clock, new_id, closing
-        self.guard = guard
+        self.engine, self.settings, self.asker, self.clock, self.new_id = engine, settings, asker, clock, new_id
         self.html = page.read()
         self.content_policy = page.policy(self.html)
 
     # views
 
-    def completions(self, engine: str | None = None) -> Response:
+    def completions(self, engine: str | None = None) -> Later:
         """`engine`, a part of some paths, is not looked at: one service serves one model, as metaseq's does."""
         body = _read_json()
         request = schema.parse_completion(body, self.engine, self.settings, f"cmpl-{self.new_id()}")
-        request = self.admit(request, body)
+        request = self.asker.admit(request, body)
         include_usage = schema.wants_usage(body)
         if request.stream:
-            return self.stream(request, include_usage, Stream)
-        completions = self.complete(request)
-        created = int(self.clock())
-        answer = schema.render_completion(
+            return self.asker.stream(request, include_usage, Stream)
+        return self.asker.complete(request, functools.partial(self._completed, request))
+
+    def _completed(self, request: Request, completions: list[Completion]) -> dict[str, Any]:
+        return schema.render_completion(
             request,
             completions,
             model=self.engine.model_name,
-            created=created,
+            created=int(self.clock()),
             metaseq_compat=self.settings.metaseq_compat,
         )
-        return _json(answer)
 
-    def generate(self) -> Response:
+    def generate(self) -> Later:
         if flask.request.mimetype in _FORMS:
             if flask.request.files:
                 raise RequestError("a file was sent; send prefix and length as plain fields")
             body = schema.form_to_body(flask.request.form.to_dict(flat=False))
         else:
             body = _read_json(" or a form")
-        request = self.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
-        return _json(schema.render_generate(body["prefix"], self.complete(request)[0]))
+        request = self.asker.admit(schema.parse_generate(body, self.engine, f"gen-{self.new_id()}"), body)
+        return self.asker.complete(request, lambda completions: schema.render_generate(body["prefix"], completions[0]))
 
-    def generation(self) -> Response:
+    def generation(self) -> Later:
         body = _read_json()
         request = energonai.parse(body, self.engine, self.settings, f"gen-{self.new_id()}")
-        return _json(energonai.render(self.complete(self.admit(request, body))))
+        return self.asker.complete(self.asker.admit(request, body), energonai.render)
 
     def page(self) -> Response:
         headers = {"Content-Security-Policy": self.content_policy, "Cache-Control": "no-cache"}
         return Response(self.html, mimetype="text/html", headers=headers)
-
-    # the engine
-
-    def admit(self, request: Request, body: Mapping[str, Any]) -> Request:
-        """The request with its owner, priority and deadline. Raises: RequestError, RateLimited, QuotaExceeded."""
-        return self.guard.admit(request, body)
-
-    def complete(self, request: Request) -> list[Completion]:
-        """Raises: RequestError, or _ClientGone where the client hung up; the engine then gives the request up."""
-        completions = self._await(request)
-        self.guard.note(request, completions)
-        reasons = ",".join(sorted({c.finish_reason.value for c in completions}))
-        g.said = f"{_about(request)} out={sum(c.num_tokens for c in completions)} reason={reasons}"
-        return completions
-
-    def _await(self, request: Request) -> list[Completion]:
-        gone = _gone()
-        answer = self.engine.submit(request)
-        flask.request.environ.get(WHEN_GONE, lambda _: None)(answer.cancel)  # at once, not when it is looked for
-        try:
-            while True:
-                try:
-                    return answer.result(timeout=terms.patience_s(request, POLL_S, time.monotonic()))
-                except TimeoutError:
-                    terms.check_deadline(request, time.monotonic())
-                    if gone():
-                        raise _ClientGone from None
-                    if self.closing.is_set():
-                        raise stopping() from None
-                except RequestError:
-                    if gone():
-                        raise _ClientGone from None
-                    raise
-        except BaseException:
-            answer.cancel()
-            raise
-
-    def stream(self, request: Request, include_usage: bool, kind: type[Stream]) -> Response:
-        """The head of an answer whose events follow; its line in the log comes with the last of them."""
-        answer = self.engine.submit(request)
-        line, settle, whose = self._line(200), self.guard.keep_open(request), self.guard.whose()
-        g.said = None
-
-        def end(num_tokens: int, how: str | None) -> None:
-            settle(num_tokens, how is not None)
-            line(f"{_about(request)} out={num_tokens} streamed reason={how or 'client_gone'}{whose}")
-
-        stream = kind(
-            request,
-            answer,
-            model=self.engine.model_name,
-            created=int(self.clock()),
-            include_usage=include_usage,
-            explain=functools.partial(_explain, g.http_id),
-            on_end=end,
-        )
-        take_over = flask.request.environ.get(TAKE_OVER)
-        if take_over is None:  # not our server
-            body = stream.events(_gone(), self.closing, POLL_S)
-        else:
-            take_over(stream)
-            body = iter(())
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return Response(body, mimetype="text/event-stream", headers=headers, direct_passthrough=True)
 
     # hooks
 
@@ -246,19 +178,8 @@ class _Front:
         if response.status_code in RETRY_AFTER and "x-should-retry" not in response.headers:
             response.headers.setdefault("Retry-After", RETRY_AFTER[response.status_code])
         if g.said is not None:
-            self._line(response.status_code)(g.said)
+            line_of(response.status_code)(g.said)
         return response
-
-    def _line(self, status: int) -> Callable[[str], None]:
-        """Writes the one line that this request has in the log, when it has ended; by then the request may be gone."""
-        method, http_id, began = flask.request.method, g.http_id, g.began
-        rule = flask.request.url_rule.rule if flask.request.url_rule else "(no route)"
-        level = logging.DEBUG if method == "GET" and status == 200 else logging.INFO
-
-        def write(said: str) -> None:
-            log.log(level, "%s %s %s %d %.3f s %s", http_id, method, rule, status, time.monotonic() - began, said)
-
-        return write
 
     # errors
 
@@ -288,35 +209,9 @@ class _Front:
     def _broken(self, error: Exception) -> Response:
         ours = error if isinstance(error, MetaseqApiError) else MetaseqApiError()
         g.said = ours.code
-        answer = _json(_explain(g.http_id, error), ours.status)
+        answer = _json(explain(g.http_id, error), ours.status)
         answer.headers["x-should-retry"] = "false"  # to openai's client: the same request would fail again
         return answer
-
-
-def _gone() -> Callable[[], bool]:
-    """Tells whether the client of this request has left. Not where another server than waitress runs: nobody can."""
-    gone: Callable[[], bool] = flask.request.environ.get("waitress.client_disconnected", lambda: False)
-    return gone
-
-
-def _about(request: Request) -> str:
-    """What the log says of a request; never what it asked."""
-    num_in = sum(map(len, request.prompts))
-    return f"{request.request_id} prompts={len(request.prompts)} n={request.params.n} in={num_in}"
-
-
-def _explain(http_id: str, error: Exception) -> dict[str, Any]:
-    """An error as a client may see it; of what went wrong here the log has the rest."""
-    if isinstance(error, RequestError):
-        return schema.render_error(error)
-    if isinstance(error, MetaseqApiError):
-        log.error("request %s failed: %s", http_id, error)
-        ours = error
-    else:
-        log.error("request %s failed", http_id, exc_info=error)
-        ours = MetaseqApiError()
-    says = f"something went wrong in the server; its log has the reason under request id {http_id}"
-    return schema.render_error(ours, says)
 
 
 def _translate(error: HTTPException, allow: str | None) -> RequestError:

@@ -8,29 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from flask import Flask, Response
 
 from metaseq_api import __version__
-from metaseq_api.core import Completion, EngineProtocol, Request
+from metaseq_api.core import EngineProtocol
 from metaseq_api.errors import NotFound
 from metaseq_api.server import chat, docs_page, openapi, schema, template, tokens
+from metaseq_api.server.asker import Asker
+from metaseq_api.server.later import Later
 from metaseq_api.server.metrics import CONTENT_TYPE, Metrics
-from metaseq_api.server.stream import Stream
 from metaseq_api.server.wire import read_json, to_json
 from metaseq_api.settings import Settings
-
-
-class Asker(Protocol):
-    """How a request is answered over HTTP; `app` has it."""
-
-    def admit(self, request: Request, body: Mapping[str, Any]) -> Request: ...
-
-    def complete(self, request: Request) -> list[Completion]: ...
-
-    def stream(self, request: Request, include_usage: bool, kind: type[Stream]) -> Response: ...
 
 
 class Around:
@@ -129,15 +119,16 @@ class Around:
     def tokenizer_info(self) -> Response:
         return to_json(tokens.tokenizer_info(self.engine, self.template.source))
 
-    def logprobs(self) -> Response:
+    def logprobs(self) -> Later:
         body = read_json()
         request = tokens.parse_logprobs(body, self.engine, self.settings, f"logp-{self.new_id()}")
+        cache_id = tokens.read_cache_id(body)
         request = self.asker.admit(request, body)
-        return to_json(tokens.render_logprobs(self.asker.complete(request), tokens.read_cache_id(body)))
+        return self.asker.complete(request, lambda completions: tokens.render_logprobs(completions, cache_id))
 
     # conversations
 
-    def chat(self) -> Response:
+    def chat(self) -> Later:
         body, created = read_json(), int(self.clock())
         request_id = f"chatcmpl-{self.new_id()}"
         request = chat.parse_chat(body, self.engine, self.settings, self.template, request_id)
@@ -145,7 +136,7 @@ class Around:
         if request.stream:
             return self.asker.stream(request, schema.wants_usage(body), chat.ChatStream)
         model = self.engine.model_name
-        return to_json(chat.render_chat(request, self.asker.complete(request), model=model, created=created))
+        return self.asker.complete(request, lambda done: chat.render_chat(request, done, model=model, created=created))
 
     def _card(self) -> dict[str, object]:
         return {

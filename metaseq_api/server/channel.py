@@ -1,9 +1,10 @@
-"""One connection under waitress: what it refuses by itself in JSON, word of a client that left, and streams without a
-thread.
+"""One connection under waitress: what it refuses by itself in JSON, word of a client that left, and answers that no
+thread waits for.
 
-The thread that served the request writes the head of a streamed answer and goes back to its pool. From there on the one
-thread that has all sockets renders and sends what has come, for all streams in one go after each step of the engine:
-a thread for each would wake hundreds of times a step, to be in the way of the thread that computes.
+A request whose answer is not there yet is put off (`later`), and taken up again when it has come. From the head of a
+streamed answer on the one thread that has all sockets renders and sends what has come, for all streams in one go after
+each step of the engine: a thread for each would wake hundreds of times a step, to be in the way of the thread that
+computes.
 
 Knows waitress's channels and tasks. Does not know the app, or what a stream says.
 """
@@ -15,17 +16,21 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 
 from metaseq_api.errors import PayloadTooLarge, RequestError
-from metaseq_api.server.app import MAX_BODY, TAKE_OVER, WHEN_GONE
+from metaseq_api.server.app import MAX_BODY
+from metaseq_api.server.asker import TAKE_OVER
+from metaseq_api.server.later import PUT_OFF, Later
 from metaseq_api.server.schema import render_error
 from metaseq_api.server.stream import Stream, stopping, too_slow
 
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+"""As WSGI has it."""
 MAX_HEADER = 64 << 10
 """Units: bytes."""
 MAX_UNREAD = 1 << 20
@@ -36,7 +41,7 @@ One part may be larger by itself (an echoed prompt with its scores), and is then
 
 
 class _TakenOver(BaseException):
-    """Not an error: leaves HTTPChannel.service before it would end the request, for its stream goes on."""
+    """Not an error: leaves HTTPChannel.service before it would end the request, which goes on."""
 
 
 def _error_of_parser(status: int, says: str) -> RequestError:
@@ -64,14 +69,16 @@ class _JsonErrorTask(ErrorTask):  # type: ignore[misc]  # waitress has no types
         self.write(body)
 
 
-class _Task(WSGITask):  # type: ignore[misc]
-    """A request whose app may hand over a stream, and be told when the client goes."""
+class Task(WSGITask):  # type: ignore[misc]
+    """A request whose app may put the answer off, and then this runs once more, or hand over a stream."""
 
     stream: Stream | None = None
+    later: Later | None = None
+    wrote_header: bool
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ[WHEN_GONE] = self.channel.when_gone
+        environ[PUT_OFF] = self._put_off
         environ[TAKE_OVER] = self._take_over
         return environ
 
@@ -81,11 +88,23 @@ class _Task(WSGITask):  # type: ignore[misc]
         head: bytes = super().build_response_header()
         return head
 
+    def _put_off(self, later: Later) -> None:
+        self.later = later
+
     def _take_over(self, stream: Stream) -> None:
         self.stream = stream
 
+    def write(self, data: bytes) -> None:
+        if self.wrote_header or not data or self.content_length != len(data) or not self.has_body:
+            super().write(data)
+            return
+        self.channel.write_soon(self.build_response_header() + data)  # in one piece: it wakes the client once
+        self.wrote_header, self.content_bytes_written = True, len(data)
+
     def finish(self) -> None:
-        self.channel.when_gone(None)
+        if self.later is not None and not self.complete:
+            self.channel.put_off(self, self.later)
+            raise _TakenOver
         if self.stream is None:
             super().finish()
             return
@@ -96,24 +115,34 @@ class _Task(WSGITask):  # type: ignore[misc]
         raise _TakenOver
 
 
+def going_on(app: Application) -> Application:
+    """The app as tasks call it: for one that was put off, what that has become."""
+
+    def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        later: Later | None = environ[PUT_OFF].__self__.later
+        return (app if later is None else later.response())(environ, start_response)
+
+    return call
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     """One connection.
 
     The server it belongs to has `wake`, by which the thread of all sockets feeds it, `sockets`, that wait for it,
-    and `hanging_up`: whether an answer is to end its connection.
+    `hanging_up`: whether an answer is to end its connection, and `put_off`: the channels with a request that is.
     """
 
-    task_class = _Task
     error_task_class = _JsonErrorTask
     requests: list[Any]
     served = False
     """Whether it ever brought a request."""
     changed = True
     """Whether it may wait for something else than before it was last fed."""
+    _put_off: Task | None = None
+    _taken_up: Task | None = None
     _stream: Stream | None = None
     _chunked = _begun = False
     _largest = 0
-    _call_when_gone: Callable[[], None] | None = None
 
     # what the thread of a request calls
 
@@ -135,11 +164,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         num: int = super().send(data, do_close and here)  # only the thread that has all sockets may close one
         return num
 
-    def when_gone(self, call: Callable[[], None] | None) -> None:
-        """Have this called, once or twice, when the client goes away before the request has ended."""
-        self._call_when_gone = call
-        if call is not None and not self.connected:
-            call()
+    def task_class(self, _: Channel, request: Any) -> Task:
+        """What `service` runs: a new task, or the one that was put off."""
+        task, self._taken_up = self._taken_up, None
+        return task or Task(self, request)
+
+    def put_off(self, task: Task, later: Later) -> None:
+        """Leave a request to the thread of all sockets, which takes it up again when its answer has come."""
+        self._put_off = task
+        self.server.put_off.add(self)
+        wake = functools.partial(self.server.wake, self)
+        later.watch(wake)
+        wake()
 
     def begin(self, stream: Stream, *, chunked: bool) -> None:
         """Leave a stream, the head of which was written, to the thread of all sockets."""
@@ -161,6 +197,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_write_event(self) -> None:
         """Send what its stream has by now, and what there is besides."""
+        self.take_up()
         stream, self.changed = self._stream, True
         if not self.connected:
             self._leave()
@@ -171,18 +208,33 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.changed and self.writable():
             self.handle_write()
 
+    def take_up(self) -> None:
+        """Go on with a request that was put off, if it is due."""
+        task = self._put_off
+        if task is None or task.later is None or not task.later.is_due():
+            return
+        self._put_off = None
+        self.server.put_off.discard(self)
+        if not self.connected:
+            task.later.response()  # for nobody; but the log and the limits of its key want to know
+            return
+        self._taken_up = task
+        if task.later.is_small and not self.total_outbufs_len:
+            self.service()
+        else:
+            self.server.task_dispatcher.add_task(self)
+
     def give_up(self) -> None:
-        """End the stream, if there is one: the server stops."""
+        """End what runs here, if something does: the server stops."""
+        self.take_up()
         if self._stream is not None:
             self._send(self._stream, self._stream.give_up(stopping()))
             self.server.wake(self)
 
     def handle_close(self) -> None:
         super().handle_close()
+        self.take_up()
         self._leave()
-        if (call := self._call_when_gone) is not None:
-            self._call_when_gone = None
-            call()
 
     def _leave(self) -> None:
         stream, self._stream = self._stream, None

@@ -18,7 +18,7 @@ from metaseq_api.core import Completion, Delta, FinishReason, Health, Request, S
 from metaseq_api.core.line import Line
 from metaseq_api.core.pending import PendingAnswer
 from metaseq_api.core.plain import error_from_plain, from_plain
-from metaseq_api.errors import EngineStopped, MetaseqApiError, NotBegun
+from metaseq_api.errors import EngineStopped, NotBegun
 
 ASK_S = 5.0
 """Units: seconds in which the engine's process says how it is, whatever its engine computes; else it is stuck.
@@ -52,9 +52,7 @@ class RemoteAnswer(PendingAnswer):
     def __init__(self, on_cancel: Callable[[], object]) -> None:
         super().__init__()
         self._on_cancel = on_cancel
-        self.decided = threading.Event()
-        """Set once the engine has taken the request, or refused it."""
-        self.refusal: MetaseqApiError | None = None
+        self.admitted = False
         self.parts: list[Any] = []
         """The completions as they came: large ones are read by the thread that waits for them."""
 
@@ -71,12 +69,6 @@ class RemoteAnswer(PendingAnswer):
         self._deltas.append(_new(Delta, (0, 0, text, 1, None, None)))
         if self._wake is not None:
             self._wake()
-
-    def fail(self, error: MetaseqApiError) -> None:
-        if not self.decided.is_set():
-            self.refusal = error
-        super().fail(error)
-        self.decided.set()
 
 
 class RemoteEngine:
@@ -104,7 +96,9 @@ class RemoteEngine:
         return self._facts.vocab_size
 
     def submit(self, request: Request) -> RemoteAnswer:
-        """Raises: NotBegun. What else the engine refuses it for, a stream raises here, any other in `result`."""
+        """Raises: NotBegun. What else the engine refuses it for, the answer says: one that ends without having been
+        admitted, where it is a stream.
+        """
         number = next(self._numbers)
         answer = RemoteAnswer(lambda: self._line.send("cancel", number))
         with self._lock:
@@ -112,10 +106,6 @@ class RemoteEngine:
                 raise NotBegun(_GONE)
             self._answers[number] = answer
         self._line.send("submit", number, request)
-        if request.stream:
-            answer.decided.wait(ASK_S)  # until then the head of the answer may yet be an error's
-            if answer.refusal is not None:
-                raise answer.refusal
         return answer
 
     def health(self) -> Health:
@@ -174,7 +164,7 @@ class RemoteEngine:
         answer = self._answers[number]
         for plain in deltas:
             answer.push(_delta(*plain))
-        answer.decided.set()
+        answer.admitted = True
         answer.notify()
 
     def _ask(self, what: str) -> Any:

@@ -1,8 +1,9 @@
 """waitress around the app: from a bound port to the last answered request.
 
 Knows sockets, threads, limits of a connection and how to stop. Does not know the routes.
-One thread reads and writes all sockets, so that a slow or silent client costs a connection and never a thread; a thread
-of the pool is held only while a request runs, and by none that streams: `channel` says how.
+One thread reads and writes all sockets, so that a slow or silent client costs a connection and never a thread. It runs
+small requests by itself, one after another; what takes longer, or may have to wait, has a thread of a pool. Neither
+waits while the engine computes: `channel` says how.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
 from metaseq_api.core.address import local_url
-from metaseq_api.server.app import CLOSING, MAX_BODY
-from metaseq_api.server.channel import MAX_HEADER, Channel
+from metaseq_api.server.app import AT_ONCE, CLOSING, MAX_BODY
+from metaseq_api.server.channel import MAX_HEADER, Channel, going_on
 from metaseq_api.server.doorway import keep_out
+from metaseq_api.server.later import POLL_S
 from metaseq_api.server.port import explain
 from metaseq_api.server.sockets import Sockets
 
@@ -35,6 +38,10 @@ LAST_WORDS_S = 1.0
 """Units: seconds that requests given up at the end of the grace get to say so."""
 FRESH_S = 1.0
 """Units: seconds that those let in last get to send their request, which is then answered like any other."""
+MOST_AT_ONCE = 8 << 10
+"""Units: bytes of a body that the thread of all sockets reads by itself: at most some milliseconds of tokenizing."""
+FEW_AT_ONCE = 4
+"""So many it reads before it looks what else there is: streams go on meanwhile."""
 _TICK_S = 0.05
 
 
@@ -56,7 +63,7 @@ class Server:
         host, port = sock.getsockname()[:2]
         try:
             self._waitress = create_server(
-                app,
+                going_on(app),
                 sockets=[sock],
                 threads=threads or _connection_limit(),  # one for each: no request waits for a thread, unseen by limits
                 ident="metaseq-api",
@@ -74,9 +81,15 @@ class Server:
             sock.close()
             raise explain(e, host, port) from None
         self._ready: deque[Channel] = deque()
+        self._asked: deque[Channel] = deque()
+        self._at_once: frozenset[str] = app.extensions[AT_ONCE]
+        self._put_off: set[Channel] = set()
+        self._look_at = 0.0
         self._awake = False
         self._waitress.channel_class = Channel
         self._waitress.wake = self._wake
+        self._waitress.add_task = self._ask
+        self._waitress.put_off = self._put_off
         self._waitress.pull_trigger = self._rouse
         self._waitress.maintenance = self._close_silent
         self._waitress.sockets = self._sockets = Sockets(self._waitress._map)
@@ -139,8 +152,11 @@ class Server:
 
     def _poll(self, timeout_s: float) -> None:
         self._feed()
+        self._look_after(time.monotonic())
         self._sockets.look_at(self._waitress)  # which may have let in as many as it may
-        happened = self._sockets.wait(timeout_s)
+        if self._put_off:
+            timeout_s = min(timeout_s, POLL_S)
+        happened = self._sockets.wait(0 if self._asked else timeout_s)
         self._awake = True
         for one, flags in happened:
             wasyncore.readwrite(one, flags)
@@ -149,11 +165,22 @@ class Server:
         self._feed()
 
     def _feed(self) -> None:
-        while self._ready:
-            channel = self._ready.popleft()
-            wasyncore.write(channel)  # what fails in one costs that connection, as with any other event
-            if channel.changed:
-                self._sockets.look_at(channel)
+        for _ in range(FEW_AT_ONCE):
+            while self._ready:
+                channel = self._ready.popleft()
+                wasyncore.write(channel)  # what fails in one costs that connection, as with any other event
+                if channel.changed:
+                    self._sockets.look_at(channel)
+            if not self._asked:
+                break
+            self._asked.popleft().service()
+
+    def _look_after(self, now: float) -> None:
+        """Whether those whose answer is not there yet are still waited for."""
+        if self._put_off and now >= self._look_at:
+            self._look_at = now + POLL_S
+            for channel in tuple(self._put_off):
+                channel.take_up()
 
     def _close_silent(self, now: float) -> None:
         type(self._waitress).maintenance(self._waitress, now)
@@ -166,6 +193,21 @@ class Server:
         self._ready.append(channel)
         if not self._awake:
             self._rouse()
+
+    def _ask(self, channel: Channel) -> None:
+        """Have the next request of a channel run: here where that takes no time, else by a thread of the pool."""
+        request = channel.requests[0]
+        if (
+            request.error is None
+            and request.path in self._at_once
+            and request.content_length <= MOST_AT_ONCE
+            and not request.chunked
+        ):
+            self._asked.append(channel)
+            if not self._awake:
+                self._rouse()
+        else:
+            self._waitress.task_dispatcher.add_task(channel)
 
     def _rouse(self) -> None:
         if not self._awake:
@@ -235,3 +277,10 @@ class Server:
                 self._ended.set()
                 self._waitress.trigger.close()
                 self._sockets.close()
+
+
+def _takes_no_time(request: Any, paths: frozenset[str]) -> bool:
+    """Whether a parsed request is small, and of a path whose view waits for nothing."""
+    if request.error is not None or request.chunked:
+        return False
+    return request.path in paths and request.content_length <= MOST_AT_ONCE

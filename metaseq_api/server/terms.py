@@ -58,9 +58,14 @@ def patience_s(request: Request, poll_s: float, now: float) -> float:
     return poll_s if request.deadline_s is None else min(poll_s, max(request.deadline_s + OVERDUE_S - now, 0.0))
 
 
+def is_overdue(request: Request, now: float) -> bool:
+    """Whether the request's time is over, and the engine should have said so."""
+    return request.deadline_s is not None and now >= request.deadline_s + OVERDUE_S
+
+
 def check_deadline(request: Request, now: float) -> None:
     """Raises: DeadlineExceeded where the request's time is over and the engine has not said so."""
-    if request.deadline_s is not None and now >= request.deadline_s + OVERDUE_S:
+    if is_overdue(request, now):
         raise DeadlineExceeded(
             f"the time for this request was over before its {len(request.prompts) * request.params.num_samples} "
             "completion(s) were done, and it was given up; allow more (timeout_ms), or ask for fewer tokens",

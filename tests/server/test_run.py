@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import shutil
 import signal
 import socket
@@ -20,10 +21,12 @@ import pytest
 from flask import Flask
 from support.fake_engine import FakeEngine
 
-from metaseq_api.errors import PortInUse, SettingsError
+from metaseq_api.core import Health
+from metaseq_api.errors import Overloaded, PortInUse, SettingsError
+from metaseq_api.server import later
 from metaseq_api.server.app import MAX_BODY
 from metaseq_api.server.port import bind
-from metaseq_api.server.run import MAX_HEADER, Server
+from metaseq_api.server.run import MAX_HEADER, MOST_AT_ONCE, Server
 
 DEADLINE_S = 20.0
 ASK = {"prompt": "hi", "max_tokens": 4}
@@ -67,6 +70,12 @@ def is_well(server: Server) -> bool:
     with connected(server, post()) as sock:
         status, answer = read_answer(sock)
     return status == 200 and bool(answer["choices"][0]["text"] == "abcd")
+
+
+def is_silent(sock: socket.socket) -> bool:
+    """Whether nothing has come for a while."""
+    ready, _, _ = select.select([sock], [], [], 0.3)
+    return not ready
 
 
 def wait_until(condition: Any, what: str) -> None:
@@ -251,6 +260,113 @@ def test_a_client_that_waits_is_not_mistaken_for_one_that_went(server: Server, e
         engine.free.set()
         assert read_answer(stays)[0] == 200
     assert sum(a.cancelled.is_set() for a in engine.answers) == 1
+
+
+LARGE: dict[str, Any] = {**ASK, "stop": ["never" * 200] * (MOST_AT_ONCE // 1000)}
+
+
+def test_requests_that_wait_hold_no_thread(app: Flask, engine: FakeEngine) -> None:
+    server = Server(app, bind("127.0.0.1", 0), threads=1)
+    server.start()
+    engine.hold()
+    with contextlib.ExitStack() as stack:
+        kinds = [
+            ASK,
+            LARGE,
+            {**LARGE, "logprobs": 2},
+            {**ASK, "logprobs": 2},
+            {**ASK, "n": 4, "prompt": ["a", "b"]},
+        ] * 3
+        waiting = [stack.enter_context(connected(server, post(body))) for body in kinds]
+        for _ in waiting:
+            assert engine.submitted.acquire(timeout=DEADLINE_S)
+        with connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+            assert read_answer(sock)[0] == 200
+        engine.free.set()
+        for sock, body in zip(waiting, kinds, strict=True):
+            status, answer = read_answer(sock)
+            assert (status, len(answer["choices"])) == (200, 8 if "n" in body else 1)
+            assert ("logprobs" in body) == (answer["choices"][0]["logprobs"] is not None)
+    server.stop(5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_small_request_needs_no_thread(stream: bool, app: Flask, engine: FakeEngine) -> None:
+    held, entered = threading.Event(), threading.Event()
+    healthy = engine.health
+
+    def health() -> Health:
+        entered.set()
+        assert held.wait(DEADLINE_S)
+        return healthy()
+
+    engine.health = health  # type: ignore[method-assign]
+    server = Server(app, bind("127.0.0.1", 0), threads=1)
+    server.start()
+    with connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as hung:
+        assert entered.wait(DEADLINE_S)
+        with connected(server, post({**ASK, "stream": stream})) as sock:
+            assert sock.recv(12) == b"HTTP/1.1 200"
+        held.set()
+        assert read_answer(hung)[0] == 200
+    server.stop(5)
+
+
+@pytest.mark.parametrize("body", [ASK, LARGE, {**ASK, "stream": True}], ids=["small", "large", "stream"])
+def test_one_that_leaves_before_its_answer_is_in_the_log_once(
+    body: dict[str, Any], server: Server, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left() -> list[str]:
+        return [r.message for r in caplog.records if " 499 " in r.message]
+
+    engine.hold()
+    engine.admits = False
+    with caplog.at_level("INFO"):
+        with connected(server, post(body)):
+            assert engine.submitted.acquire(timeout=DEADLINE_S)
+        wait_until(left, "the line in the log")
+        assert engine.answers[0].cancelled.is_set()
+        engine.free.set()
+        assert is_well(server)
+    assert len(left()) == 1
+
+
+def test_a_stream_has_no_head_before_the_engine_has_taken_it(server: Server, engine: FakeEngine) -> None:
+    engine.hold()
+    engine.admits = False
+    with (
+        connected(server, post({**ASK, "stream": True})) as taken,
+        connected(server, post({**ASK, "stream": True})) as no,
+    ):
+        for _ in range(2):
+            assert engine.submitted.acquire(timeout=DEADLINE_S)
+        assert is_silent(taken)
+        first, second = engine.answers
+        first.admit()
+        assert taken.recv(12) == b"HTTP/1.1 200"
+        second.end(Overloaded("full", retry_after_s=7.0))
+        status, answer = read_answer(no)
+        assert (status, answer["error"]["message"]) == (429, "full")
+
+
+def test_a_stream_begins_where_the_engine_says_nothing(
+    server: Server, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(later, "ADMIT_S", 0.3)
+    engine.hold()
+    engine.admits = False
+    with connected(server, post({**ASK, "stream": True})) as sock:
+        assert sock.recv(12) == b"HTTP/1.1 200"
+
+
+def test_an_answer_that_comes_too_late_is_given_up_by_the_server_where_the_engine_does_not(
+    server: Server, engine: FakeEngine
+) -> None:
+    engine.hold()
+    with connected(server, post({**ASK, "timeout_ms": 20})) as sock:
+        status, answer = read_answer(sock)
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    assert engine.answers[0].cancelled.is_set()
 
 
 def test_health_is_answered_while_requests_wait(server: Server, engine: FakeEngine) -> None:

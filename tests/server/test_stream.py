@@ -160,7 +160,7 @@ def test_a_stream_has_one_line_in_the_log_when_it_ends(
 ) -> None:
     caplog.set_level("INFO")
     client.post("/v1/completions", json={**ASK, "prompt": "secret words"}).data  # noqa: B018
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "metaseq_api.server.app"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "metaseq_api.server.asker"]
     assert " 200 " in line
     assert "in=12 out=4 streamed reason=length" in line
     assert "secret" not in line
@@ -338,7 +338,7 @@ LEAVE = {"close": socket.socket.close, "reset": leave_at_once, "half-close": lam
 def test_a_client_that_leaves_has_its_request_given_up_at_once(
     how: str, stream: bool, begun: bool, server: Server, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metaseq_api.server.app.POLL_S", 3600)  # nobody looks: it has to be told
+    monkeypatch.setattr("metaseq_api.server.run.POLL_S", 3600)  # nobody looks: it has to be told
     engine.hold()
     with asked(server, engine, {**ASK, "stream": stream}) as (sock, answer):
         if stream and begun:
@@ -437,9 +437,10 @@ def test_a_stream_ends_with_its_server_also_under_another_one_than_ours(app: Fla
     from metaseq_api.server.app import CLOSING
 
     engine.hold()
+    environ = EnvironBuilder("/v1/completions", method="POST", json=ASK).get_environ()
+    body: Any = app.wsgi_app(environ, lambda *_: lambda _: None)
     app.extensions[CLOSING].set()
-    answer = app.test_client().post("/v1/completions", json=ASK)
-    assert events(answer.data)[-1]["error"]["code"] == "engine_stopped"
+    assert events(b"".join(body))[-1]["error"]["code"] == "engine_stopped"
     assert engine.answers[0].cancelled.is_set()
 
 

@@ -30,9 +30,9 @@ class FakeAnswer:
         self._deltas: deque[Delta] = deque()
         self._wake: Callable[[], None] | None = None
         self.error: Exception | None = None
-        self.ended = False
-        if request.stream and engine.free.is_set():
-            self.say_all()
+        self.ended, self.admitted = False, engine.admits
+        if engine.free.is_set():
+            self.say_all() if request.stream else self.end(engine.fail_with)
 
     def say(self, text: str, index: int = 0) -> None:
         """Have a streamed answer go on."""
@@ -50,9 +50,20 @@ class FakeAnswer:
         self.error, self.ended = error, True
         self._notify()
 
+    def admit(self) -> None:
+        """Have a streamed request taken, where the engine did not do so at once."""
+        self.admitted = True
+        self._notify()
+
+    def come(self) -> None:
+        """Have an answer that is no stream come, if it has not."""
+        if not self.ended and not self._request.stream:
+            self.end(self._engine.fail_with)
+
     def watch(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._notify()
+        if self._deltas or self.ended:
+            self._notify()
 
     def hand_to(self, hear: Callable[[str], object]) -> None:
         raise NotImplementedError("the server takes")
@@ -73,10 +84,11 @@ class FakeAnswer:
         raise NotImplementedError("the server takes")
 
     def result(self, timeout: float | None = None) -> list[Completion]:
-        if not self._engine.free.wait(timeout):
+        if not self.ended:
+            assert timeout == 0, "the server waits for nobody"
             raise TimeoutError
-        if self._engine.fail_with is not None:
-            raise self._engine.fail_with
+        if self.error is not None:
+            raise self.error
         return self._completions()
 
     def _completions(self) -> list[Completion]:
@@ -109,6 +121,19 @@ def letters(completion: Completion) -> list[Delta]:
     return [*out, Delta(completion.prompt_index, completion.sample_index, "", num, reason, rest)]
 
 
+class _Free(threading.Event):
+    """Lets answers that are no stream come as soon as it is set."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def set(self) -> None:
+        super().set()
+        for answer in self._engine.answers:
+            answer.come()
+
+
 class FakeEngine:
     """Remembers every request and answer."""
 
@@ -120,9 +145,10 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.answers: list[FakeAnswer] = []
         self.submitted = threading.Semaphore(0)
-        self.free = threading.Event()
+        self.free = _Free(self)
         self.free.set()
         self.fail_with: Exception | None = None
+        self.admits = True
         self.stopped = ""
         self.rank_age_s: tuple[float, ...] = (0.25, float("inf"))
         self.stuck, self.ready = "", True
