@@ -142,8 +142,14 @@ def test_what_is_refused_is_refused_by_name(pair: Pair) -> None:
     with pytest.raises(RequestError) as told:
         pair.remote.submit(too_long).result(30)
     assert told.value.param == "max_tokens"
-    with pytest.raises(RequestError):  # at once: the head of a stream is not sent before it is admitted
-        pair.remote.submit(request((5,), max_tokens=1000, stream=True))
+    refused = pair.remote.submit(request((5,), max_tokens=1000, stream=True))
+    until(lambda: refused.ended, "its end")
+    assert not refused.admitted  # so the head of the stream, which is not sent before, is an error's
+    with pytest.raises(RequestError):
+        refused.take()
+    taken = pair.remote.submit(request((5,), stream=True))
+    assert list(taken.events())
+    assert taken.admitted
 
 
 def test_when_to_come_again_crosses_too(tmp_path: Path) -> None:
