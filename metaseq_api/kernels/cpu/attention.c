@@ -305,13 +305,13 @@ static void piece_wide(const step *s, long n, long h, const float *q, const floa
         const float *mine = q + (begin + at - start) * s->stride + h * dim;
         for (long c = 0; c < num; c += WIDE)
             for (long r = 0; r < rows; r += TALL)
-                multiply_rows(mine + r * s->stride, s->stride, rows - r < TALL ? rows - r : TALL, k + c * dim, dim, p + r * most + c, most, 0);
+                multiply_rows(mine + r * s->stride, s->stride, rows - r < TALL ? rows - r : TALL, k + c * dim, dim, p + r * most + c, most, 0, 0);
         for (long r = 0; r < rows; r++) whole[r] = weigh(p + r * most, at + r + 1, num, s->scale);
         for (long d = 0; d < dim; d += WIDE)
             for (long c = 0; c < num; c += PART)
                 for (long r = 0; r < rows; r += TALL)
                     multiply_rows(p + r * most + c, most, rows - r < TALL ? rows - r : TALL, v + d * stop + c * WIDE,
-                                  num - c < PART ? num - c : PART, sums + r * broad + d, broad, c > 0);
+                                  num - c < PART ? num - c : PART, sums + r * broad + d, broad, c > 0, 0);
         for (long r = 0; r < rows; r++)
             for (long d = 0; d < dim; d++) out[((begin + at - start + r) * s->heads + h) * dim + d] = sums[r * broad + d] / whole[r];
     }

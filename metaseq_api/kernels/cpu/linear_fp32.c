@@ -36,10 +36,14 @@ static void linear_piece(const void *about, long piece) {
     long p = piece % j->panels, first = piece / j->panels * CHUNK, rows = least(j->num_rows - first, CHUNK);
     long part = rows > TALL ? PART : j->num_inputs, end = least(j->num_outputs, (p + 1) * WIDE);
     float sums[CHUNK * WIDE] __attribute__((aligned(64)));
-    for (long i = 0; i < j->num_inputs; i += part)
-        for (long t = 0; t < rows; t += TALL)
-            multiply_rows(j->x + (first + t) * j->stride + i, j->stride, least(rows - t, TALL),
-                          j->packed + (p * j->num_inputs + i) * WIDE, least(j->num_inputs - i, part), sums + t * WIDE, WIDE, i > 0);
+    for (long i = 0; i < j->num_inputs; i += part) {
+        const float *panel = j->packed + (p * j->num_inputs + i) * WIDE;
+        for (long t = 0; t < rows; t += TALL) { /* the first rows fetch the next part of the panel */
+            const float *ahead = rows > TALL && t < 4 * TALL ? panel + part * WIDE + t / TALL * part * 16 : 0;
+            multiply_rows(j->x + (first + t) * j->stride + i, j->stride, least(rows - t, TALL), panel,
+                          least(j->num_inputs - i, part), sums + t * WIDE, WIDE, i > 0, ahead);
+        }
+    }
     for (long t = 0; t < rows; t++)
         for (long o = p * WIDE; o < end; o += 16) {
             __mmask16 mask = lanes(j->num_outputs - o);
