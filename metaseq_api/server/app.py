@@ -57,7 +57,7 @@ COMPLETION_PATHS = (
     "/v2/engines/<path:engine>/completions",
     "/engines/<path:engine>/completions",
 )
-AT_ONCE_PATHS = (*COMPLETION_PATHS, "/v1/chat/completions", "/chat/completions", "/generate", "/generation")
+AT_ONCE_PATHS = (*COMPLETION_PATHS[:2], "/v1/chat/completions", "/chat/completions", "/generate", "/generation")
 ELSEWHERE = "X-Retry-Elsewhere"
 """Header by which a proxy in front of several services says that it sends on, by itself, what has status 425: a request
 that was not begun here. Any other 503 may have cost a step already, or may even be why a rank was lost."""

@@ -63,16 +63,15 @@ class Asker:
 
         Raises: RequestError, EngineStopped, ClientGone.
         """
+        if gone():
+            answer.cancel()
+            raise ClientGone
         try:
             return answer.result(0)
         except TimeoutError:
             answer.cancel()
             terms.check_deadline(request, time.monotonic())
-            raise (ClientGone() if gone() else stopping()) from None
-        except RequestError:
-            if gone():
-                raise ClientGone from None
-            raise
+            raise stopping() from None
 
     def stream(self, request: Request, include_usage: bool, kind: type[Stream]) -> Later:
         """The head of an answer whose events follow, when the engine has taken the request: until then it may yet be an

@@ -91,6 +91,12 @@ class Task(WSGITask):  # type: ignore[misc]
     def _put_off(self, later: Later) -> None:
         self.later = later
 
+    def answered(self) -> Application:
+        """What its answer has become; asked for once, and what it was made of is free then."""
+        later, self.later = self.later, None
+        assert later is not None
+        return later.response()
+
     def _take_over(self, stream: Stream) -> None:
         self.stream = stream
 
@@ -119,8 +125,8 @@ def going_on(app: Application) -> Application:
     """The app as tasks call it: for one that was put off, what that has become."""
 
     def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        later: Later | None = environ[PUT_OFF].__self__.later
-        return (app if later is None else later.response())(environ, start_response)
+        task: Task = environ[PUT_OFF].__self__
+        return (app if task.later is None else task.answered())(environ, start_response)
 
     return call
 
@@ -129,7 +135,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """One connection.
 
     The server it belongs to has `wake`, by which the thread of all sockets feeds it, `sockets`, that wait for it,
-    `hanging_up`: whether an answer is to end its connection, and `put_off`: the channels with a request that is.
+    `hanging_up`: whether an answer is to end its connection, `put_off`: the channels with a request that is, and
+    `run_soon`, by which that thread runs a request itself.
     """
 
     error_task_class = _JsonErrorTask
@@ -138,6 +145,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """Whether it ever brought a request."""
     changed = True
     """Whether it may wait for something else than before it was last fed."""
+    asked = False
+    """Whether the thread of all sockets is to run its request."""
     _put_off: Task | None = None
     _taken_up: Task | None = None
     _stream: Stream | None = None
@@ -148,11 +157,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         self.served = True
+        taken_up = self._taken_up
         with contextlib.suppress(_TakenOver):
             try:
                 super().service()
             finally:
                 self.server.wake(self)  # to be read, or closed, or flushed
+                if taken_up is not None and taken_up.later is not None:  # its client left just now
+                    taken_up.answered()
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         if self.total_outbufs_len:  # it may wait until that is sent
@@ -171,8 +183,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def put_off(self, task: Task, later: Later) -> None:
         """Leave a request to the thread of all sockets, which takes it up again when its answer has come."""
-        self._put_off = task
         self.server.put_off.add(self)
+        self._put_off = task
         wake = functools.partial(self.server.wake, self)
         later.watch(wake)
         wake()
@@ -196,7 +208,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         super().del_channel(map)
 
     def handle_write_event(self) -> None:
-        """Send what its stream has by now, and what there is besides."""
+        """Run what was asked, send what its stream has by now, and what there is besides."""
+        if self.asked:
+            self.asked = False
+            self.service()
         self.take_up()
         stream, self.changed = self._stream, True
         if not self.connected:
@@ -216,11 +231,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._put_off = None
         self.server.put_off.discard(self)
         if not self.connected:
-            task.later.response()  # for nobody; but the log and the limits of its key want to know
+            task.answered()  # for nobody; but the log and the limits of its key want to know
             return
         self._taken_up = task
         if task.later.is_small and not self.total_outbufs_len:
-            self.service()
+            self.server.run_soon(self)
         else:
             self.server.task_dispatcher.add_task(self)
 

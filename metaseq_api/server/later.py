@@ -40,10 +40,13 @@ class App(Flask):
     def respond(self, view: Callable[[], Response]) -> Response:
         """What becomes of what this view returns or raises, in the context of a request that was begun before."""
         try:
-            found: Any = view()
-        except Exception as e:
-            found = self.handle_user_exception(e)
-        response: Response = super().finalize_request(found)
+            try:
+                found: Any = view()
+            except Exception as e:
+                found = self.handle_user_exception(e)
+            response: Response = super().finalize_request(found)
+        except Exception as e:  # in a hook
+            response = self.handle_exception(e)
         return response
 
 
@@ -59,7 +62,7 @@ class Later:
         is_gone: Callable[[], bool],
         closing: threading.Event,
     ) -> None:
-        self.watch, self.cancel = answer.watch, answer.cancel
+        self.watch = answer.watch
         self._request, self._answer, self._finish = request, answer, finish
         self._is_gone, self._closing = is_gone, closing
         self._admit_by = time.monotonic() + ADMIT_S

@@ -41,7 +41,7 @@ FRESH_S = 1.0
 MOST_AT_ONCE = 8 << 10
 """Units: bytes of a body that the thread of all sockets reads by itself: at most some milliseconds of tokenizing."""
 FEW_AT_ONCE = 4
-"""So many it reads before it looks what else there is: streams go on meanwhile."""
+"""So many it runs before it looks what else there is: streams go on meanwhile."""
 _TICK_S = 0.05
 
 
@@ -89,6 +89,7 @@ class Server:
         self._waitress.channel_class = Channel
         self._waitress.wake = self._wake
         self._waitress.add_task = self._ask
+        self._waitress.run_soon = self._run_soon
         self._waitress.put_off = self._put_off
         self._waitress.pull_trigger = self._rouse
         self._waitress.maintenance = self._close_silent
@@ -156,7 +157,7 @@ class Server:
         self._sockets.look_at(self._waitress)  # which may have let in as many as it may
         if self._put_off:
             timeout_s = min(timeout_s, POLL_S)
-        happened = self._sockets.wait(0 if self._asked else timeout_s)
+        happened = self._sockets.wait(0 if self._ready or self._asked else timeout_s)
         self._awake = True
         for one, flags in happened:
             wasyncore.readwrite(one, flags)
@@ -173,14 +174,15 @@ class Server:
                     self._sockets.look_at(channel)
             if not self._asked:
                 break
-            self._asked.popleft().service()
+            channel = self._asked.popleft()
+            channel.asked = True
+            self._ready.append(channel)
 
     def _look_after(self, now: float) -> None:
         """Whether those whose answer is not there yet are still waited for."""
         if self._put_off and now >= self._look_at:
             self._look_at = now + POLL_S
-            for channel in tuple(self._put_off):
-                channel.take_up()
+            self._ready.extend(self._put_off.copy())
 
     def _close_silent(self, now: float) -> None:
         type(self._waitress).maintenance(self._waitress, now)
@@ -196,18 +198,16 @@ class Server:
 
     def _ask(self, channel: Channel) -> None:
         """Have the next request of a channel run: here where that takes no time, else by a thread of the pool."""
-        request = channel.requests[0]
-        if (
-            request.error is None
-            and request.path in self._at_once
-            and request.content_length <= MOST_AT_ONCE
-            and not request.chunked
-        ):
-            self._asked.append(channel)
-            if not self._awake:
-                self._rouse()
+        if _takes_no_time(channel.requests[0], self._at_once) and not channel.total_outbufs_len:
+            self._run_soon(channel)
         else:
             self._waitress.task_dispatcher.add_task(channel)
+
+    def _run_soon(self, channel: Channel) -> None:
+        """Have the thread of all sockets run a request. Nothing unsent may lie before its answer: it would wait."""
+        self._asked.append(channel)
+        if not self._awake:
+            self._rouse()
 
     def _rouse(self) -> None:
         if not self._awake:
@@ -272,6 +272,8 @@ class Server:
             for channel in list(self._waitress.active_channels.values()):
                 channel.handle_close()  # its request, if one runs, finds the client gone
             self._waitress.task_dispatcher.shutdown(timeout=LAST_WORDS_S)
+            for channel in self._put_off.copy():  # by a thread that ran until now
+                channel.take_up()
         finally:
             with self._trigger_lock:
                 self._ended.set()

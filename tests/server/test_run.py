@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import select
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,48 @@ def test_one_that_leaves_before_its_answer_is_in_the_log_once(
         engine.free.set()
         assert is_well(server)
     assert len(left()) == 1
+
+
+def test_one_that_leaves_while_its_large_answer_waits_for_a_thread_is_in_the_log_too(
+    app: Flask, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    held, entered = threading.Event(), threading.Event()
+    healthy = engine.health
+
+    def health() -> Health:
+        entered.set()
+        assert held.wait(DEADLINE_S)
+        return healthy()
+
+    engine.health = health  # type: ignore[method-assign]
+    engine.hold()
+    server = Server(app, bind("127.0.0.1", 0), threads=1)
+    server.start()
+    with caplog.at_level("INFO"), connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as hung:
+        assert entered.wait(DEADLINE_S)
+        with connected(server, post({**ASK, "logprobs": 2})):
+            assert engine.submitted.acquire(timeout=DEADLINE_S)
+            engine.free.set()
+            wait_until(lambda: not server._put_off, "it to be taken up")
+        wait_until(lambda: len(server._waitress.active_channels) == 1, "the server to notice")
+        held.set()
+        wait_until(lambda: any(" 499 " in r.message for r in caplog.records), "the line in the log")
+        assert read_answer(hung)[0] == 200
+    server.stop(5)
+    assert sum(" 499 " in r.message for r in caplog.records) == 1
+
+
+def test_an_answer_is_free_once_it_was_sent_though_its_connection_goes_on(server: Server, engine: FakeEngine) -> None:
+    gc.disable()
+    try:
+        with connected(server, post()) as sock:
+            assert read_answer(sock)[0] == 200
+            answer = weakref.ref(engine.answers.pop())
+            sock.sendall(post())
+            assert read_answer(sock)[0] == 200
+            wait_until(lambda: answer() is None, "the first answer to be free")
+    finally:
+        gc.enable()
 
 
 def test_a_stream_has_no_head_before_the_engine_has_taken_it(server: Server, engine: FakeEngine) -> None:

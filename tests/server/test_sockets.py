@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from flask import Flask
@@ -177,3 +179,16 @@ def test_who_reads_slowly_gets_large_answers_one_after_the_other(server: Server)
     assert got.count(b"HTTP/1.1 200 OK") == 2
     _, first, second = got.split(b"HTTP/1.1 200 OK")
     assert json.loads(first.partition(b"\r\n\r\n")[2]) == json.loads(second.partition(b"\r\n\r\n")[2])
+
+
+@pytest.mark.parametrize("num_unsent", [0, 1])
+def test_who_has_all_sockets_runs_no_request_whose_answer_may_have_to_wait_for_room(
+    num_unsent: int, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, pool = Server(app, bind("127.0.0.1", 0), threads=1), list[Any]()
+    monkeypatch.setattr(server._waitress.task_dispatcher, "add_task", pool.append)
+    request = SimpleNamespace(error=None, chunked=False, path="/v1/completions", content_length=2)
+    channel = SimpleNamespace(requests=[request], total_outbufs_len=num_unsent)
+    server._waitress.add_task(channel)
+    assert (len(server._asked), len(pool)) == (1 - num_unsent, num_unsent)
+    server.stop(0)
