@@ -190,9 +190,11 @@ def _secure(chosen: Settings, sock: socket.socket) -> Settings:
 
 
 def _tell(error: MetaseqApiError) -> None:
-    sys.stderr.write(f"metaseq-api-local: error: {error}\n")  # at once: srun may write beside it
+    is_lost = error.exit_code == RankFailed.exit_code
+    start = "\n" if is_lost else ""  # a rank that was killed while it wrote its stack leaves half a line
+    sys.stderr.write(f"{start}metaseq-api-local: error: {error}\n")  # at once: srun may write beside it
     batch = os.environ.get(ENV_NOTIFY, "")
-    if error.exit_code == RankFailed.exit_code and batch.isdecimal() and os.environ.get("SLURM_NODEID") == "0":
+    if is_lost and batch.isdecimal() and os.environ.get("SLURM_NODEID") == "0":
         with contextlib.suppress(OSError):  # it has ended before
             os.kill(int(batch), signal.SIGUSR2)
 
