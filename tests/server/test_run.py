@@ -80,6 +80,20 @@ def is_silent(sock: socket.socket) -> bool:
     return not ready
 
 
+def hold_health(engine: FakeEngine) -> tuple[threading.Event, threading.Event]:
+    """Have who asks how the engine is wait for the first event; the second is set when somebody does."""
+    held, entered = threading.Event(), threading.Event()
+    healthy = engine.health
+
+    def health() -> Health:
+        entered.set()
+        assert held.wait(DEADLINE_S)
+        return healthy()
+
+    engine.health = health  # type: ignore[method-assign]
+    return held, entered
+
+
 def wait_until(condition: Any, what: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -294,15 +308,7 @@ def test_requests_that_wait_hold_no_thread(app: Flask, engine: FakeEngine) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_small_request_needs_no_thread(stream: bool, app: Flask, engine: FakeEngine) -> None:
-    held, entered = threading.Event(), threading.Event()
-    healthy = engine.health
-
-    def health() -> Health:
-        entered.set()
-        assert held.wait(DEADLINE_S)
-        return healthy()
-
-    engine.health = health  # type: ignore[method-assign]
+    held, entered = hold_health(engine)
     server = Server(app, bind("127.0.0.1", 0), threads=1)
     server.start()
     with connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as hung:
@@ -336,15 +342,7 @@ def test_one_that_leaves_before_its_answer_is_in_the_log_once(
 def test_one_that_leaves_while_its_large_answer_waits_for_a_thread_is_in_the_log_too(
     app: Flask, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held, entered = threading.Event(), threading.Event()
-    healthy = engine.health
-
-    def health() -> Health:
-        entered.set()
-        assert held.wait(DEADLINE_S)
-        return healthy()
-
-    engine.health = health  # type: ignore[method-assign]
+    held, entered = hold_health(engine)
     engine.hold()
     server = Server(app, bind("127.0.0.1", 0), threads=1)
     server.start()
