@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from metaseq_api.machine import let_threads_rest
+from metaseq_api.machine import let_threads_rest, take_large_pages
 
 if TYPE_CHECKING:
     from metaseq_api.core import SamplingParams
@@ -18,6 +18,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
 
 let_threads_rest()
+take_large_pages()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,20 @@
-"""What a CPU runs of our own (`cpu/`), compiled on the machine that runs it, once, and called with plain addresses.
+"""What a CPU runs of our own (`cpu/`, compiled by `compiling`), called with plain addresses.
 
-Where there is no compiler, no AMX, or no Linux, there is none of it, and torch's own operations serve (`native`). The
-library lies in the user's cache folder, named by source, compiler and processor, so that a second start finds it.
+Where there is no compiler, no AMX, or no Linux, there is none of it, and torch's own operations serve (`native`).
 
-Knows how to compile and how to call. Does not know layers, blocks or models.
+Knows how to call. Does not know blocks or models.
 
-Shapes: T rows, I inputs, O outputs, H heads, D head width, P blocks of the pool, S tokens of a block.
+Shapes: T rows, I inputs, O outputs, H heads, D head width, P blocks of the pool, S tokens of a block; of whole layers
+E model width, F ffn rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import os
 import shutil
-import stat
 import subprocess
-import tempfile
-import time
 from array import array
 from collections.abc import Sequence as Seq
 from itertools import chain
@@ -29,15 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metaseq_api.kernels.compiling import SCRATCH, compiled
+
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("cpu")
-# sums in another order, no more: -ffast-math would have every thread of the process take denormal numbers for 0
-_MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
-FLAGS = ("-O3", "-march=native", *_MATH, "-pthread", "-fPIC", "-shared")
-COMPILERS = ("cc", "gcc", "clang")
-PATIENCE_S = 60.0
-SCRATCH = "metaseq-api-native-"
 INPUTS = 32
 """A packed weight's inputs are a multiple of it, and so is the width of a head whose prompts are attended here."""
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -55,6 +44,29 @@ class Step(ctypes.Structure):
         ),
         ("scale", ctypes.c_float),
         ("threads", _INT),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`layer` of cpu/layers.c, as addresses: each a weight (packed, of a linear layer) and its bias, or null."""
+
+    PARTS = ("before", "qkv", "out", "middle", "fc1", "fc2")
+    _fields_ = (
+        *((f"{part}_{leaf}", _ADDRESS) for part in PARTS for leaf in ("weight", "bias")),
+        ("keys", _ADDRESS),
+        ("values", _ADDRESS),
+    )
+
+
+class Stack(ctypes.Structure):
+    """`stack` of cpu/layers.c: what all halves of all layers have in common."""
+
+    _fields_ = (
+        ("step", ctypes.POINTER(Step)),
+        ("layers", ctypes.POINTER(Layer)),
+        *((name, _LONG) for name in ("num_layers", "width", "ffn")),
+        ("eps", ctypes.c_float),
+        *((name, _INT) for name in ("pre_norm", "residual", "bytes")),
     )
 
 
@@ -84,6 +96,9 @@ class Native:
         self._attend = self._library.metaseq_attend
         self._attend.argtypes = [ctypes.POINTER(Step), *[_ADDRESS] * 6, _INT]
         self._attend.restype = None
+        self._layers = self._library.metaseq_layers
+        self._layers.argtypes = [ctypes.POINTER(Stack), _LONG, _LONG, *[_ADDRESS] * 3, _LONG]
+        self._layers.restype = None
 
     def begin(self) -> bool:
         """Ask the kernel for AMX; whether it may be used."""
@@ -171,6 +186,22 @@ class Native:
         self._attend(step, *(x.data_ptr() for x in tensors), q_THD.dtype.itemsize)
         return out
 
+    def layers(self, stack: Stack, halves: range, x_TE: Tensor, room: Tensor, wanted_R: Tensor) -> None:
+        """Halves of layers; x is overwritten. The last layer, once it has attended, goes on with the wanted rows alone,
+        which are x's first ones then. The caller has checked what the stack's addresses stand for.
+
+        Shapes: [T, E], at least [T, E + 4 H * D + F], [R].
+        """
+        step = stack.step.contents
+        assert x_TE.is_contiguous()
+        assert x_TE.shape == (step.num_tokens, stack.width)
+        assert room.is_contiguous()
+        assert room.dtype == x_TE.dtype
+        assert room.numel() >= step.num_tokens * (stack.width + 4 * step.heads * step.dim + stack.ffn)
+        assert wanted_R.dtype == torch.long
+        addresses = (x_TE.data_ptr(), room.data_ptr(), wanted_R.data_ptr())
+        self._layers(stack, halves.start, halves.stop, *addresses, len(wanted_R))
+
     def draw(self, scores_RV: Tensor, choices: Seq[tuple[float, float, int, float]]) -> tuple[Tensor, Tensor]:
         """Each row's highest score (NaN where there is one), and the token that its choice comes to.
 
@@ -210,7 +241,7 @@ def native() -> Native | None:
     if not torch.cpu._is_amx_tile_supported():
         return None
     try:
-        path = _compiled()
+        path = compiled()
         found = Native(path)
         if path.parent.name.startswith(SCRATCH):  # loaded, it needs its file no more
             shutil.rmtree(path.parent)
@@ -225,51 +256,3 @@ def native() -> Native | None:
         log.warning("no kernels of our own on this CPU, torch's serve: the system gives no AMX")
         return None
     return found
-
-
-def _compiled() -> Path:
-    """The library's path. Raises: OSError, SubprocessError."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (gcc or clang) on the PATH")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE_S).stdout
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    about = (*(path.read_bytes() for path in sources), " ".join(FLAGS).encode(), version, _processor())
-    path = _folder() / f"native-{hashlib.sha256(b'/'.join(about)).hexdigest()[:16]}.so"
-    if not path.exists():
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # ranks that start together do it each
-            made = Path(scratch, path.name)
-            given = [str(p) for p in sources if p.suffix == ".c"]
-            command = [compiler, *FLAGS, "-o", str(made), *given]
-            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
-            with made.open("rb") as whole:
-                os.fsync(whole.fileno())
-            with contextlib.suppress(FileExistsError):  # who is second leaves the first one's: it may be in use
-                os.link(made, path)
-        log.info("compiled kernels for this CPU in %.1f s", time.monotonic() - began)
-    return path
-
-
-def _folder() -> Path:
-    """Where libraries are kept: the user's, or where that cannot be written, this process's alone."""
-    try:
-        folder = Path.home() / ".cache" / "metaseq-api"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK) and all(_is_ours(place) for place in (folder, folder.parent)):
-            return folder
-    except (OSError, RuntimeError) as e:
-        log.info("no cache folder: %s", e)
-    return Path(tempfile.mkdtemp(prefix=SCRATCH))
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can put a file there: what lies in it is run."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
-def _processor() -> bytes:
-    """What this machine's first processor can do."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return next((line for line in lines if line.startswith(b"flags")), b"")

@@ -19,7 +19,9 @@ from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import POSITION_OFFSET
 from metaseq_api.kernels.native import native
 from metaseq_api.model.cache import KVCache
+from metaseq_api.model.native import NativePlan
 from metaseq_api.model.paths import Plan, attend_by
+from metaseq_api.model.stack import Stack, stack
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.parallel.layers import ColumnLinear, Linear, RowLinear, Source, VocabEmbedding, read_whole
 
@@ -82,21 +84,24 @@ class Layer(nn.Module):
         self.attn_norm.load(weights, f"{prefix}.self_attn_layer_norm")
         self.ffn_norm.load(weights, f"{prefix}.final_layer_norm")
 
-    def forward(self, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
+    def forward(self, x_TD: Tensor, plan: Plan, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+        """Shapes: [T, D] -> [T, D], or of the last layer [R, D], only the rows that are wanted."""
+        attended_TX = self._attend(self.attn_norm(x_TD) if self.config.pre_norm else x_TD, plan, cache)
+        if rows is not None:
+            x_TD, attended_TX = x_TD.index_select(0, rows), attended_TX.index_select(0, rows)
+        if len(x_TD) == 0:
+            return x_TD
+        x_TD = self.out.add_to(x_TD, attended_TX)
         if self.config.pre_norm:
-            x_TD = self._attention(x_TD, self.attn_norm(x_TD), plan, cache)
-            x_TD = self._ffn(x_TD, self.ffn_norm(x_TD))
-        else:
-            x_TD = self.attn_norm(self._attention(x_TD, x_TD, plan, cache))
-            x_TD = self.ffn_norm(self._ffn(x_TD, x_TD))
-        return x_TD
+            return self._ffn(x_TD, self.ffn_norm(x_TD))
+        x_TD = self.attn_norm(x_TD)
+        normed: Tensor = self.ffn_norm(self._ffn(x_TD, x_TD))
+        return normed
 
-    def _attention(self, residual_TD: Tensor, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
+    def _attend(self, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(-1, 3, self.num_heads, self.config.head_dim).unbind(1)
         scale = self.config.head_dim**-0.5
-        o_TX = attend_by(q_THK, k_THK, v_THK, layer=self.index, plan=plan, cache=cache, scale=scale)
-        summed: Tensor = self.out.add_to(residual_TD, o_TX)
-        return summed
+        return attend_by(q_THK, k_THK, v_THK, layer=self.index, plan=plan, cache=cache, scale=scale)
 
     def _ffn(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor:
         summed: Tensor = self.fc2.add_to(residual_TD, self.fc1(x_TD, self.config.activation))
@@ -116,6 +121,7 @@ class OPT(nn.Module):
         self.project_out = Linear(context, dtype)
         self.layers = nn.ModuleList(Layer(config, context, dtype, i) for i in range(config.num_layers))
         self.norm = Norm(context, dtype, config.norm_eps)
+        self.stack: Stack | None = None
 
     def load(self, weights: Weights) -> None:
         """Read this rank's slice of every tensor, each once."""
@@ -131,6 +137,7 @@ class OPT(nn.Module):
             layer.load(weights)
         if self.config.final_norm:
             self.norm.load(weights, "decoder.layer_norm")
+        self.stack = stack(self.config, self.context, self._parts())
 
     def forward(self, plan: Plan, cache: KVCache) -> Tensor:
         """Run a step. Shapes: -> [R, E], the hidden rows whose logits are wanted."""
@@ -140,13 +147,32 @@ class OPT(nn.Module):
         if self.config.has_projection:
             x = self.project_in(x)
         x_TD = x + F.embedding(plan.positions_T + POSITION_OFFSET, self.positions)
-        for layer in self.layers:
-            x_TD = layer(x_TD, plan, cache)
-        x_RD = x_TD if len(plan.logit_rows) == len(x_TD) else x_TD.index_select(0, plan.logit_rows)
+        x_RD = self._through_layers(x_TD, plan, cache)
         if self.config.final_norm:
             x_RD = self.norm(x_RD)
         x_RE: Tensor = self.project_out(x_RD) if self.config.has_projection else x_RD
         return x_RE
+
+    def _parts(self) -> list[tuple[Linear | Norm | None, ...]]:
+        """Of each layer in the order in which they are run; a norm after a layer is the next one's first part."""
+        found: list[tuple[Linear | Norm | None, ...]] = []
+        before: Norm | None = None
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            norms = (layer.attn_norm, layer.ffn_norm) if self.config.pre_norm else (before, layer.attn_norm)
+            found.append((norms[0], layer.qkv, layer.out, norms[1], layer.fc1, layer.fc2))
+            before = layer.ffn_norm
+        return found
+
+    def _through_layers(self, x_TD: Tensor, plan: Plan, cache: KVCache) -> Tensor:
+        """Shapes: [T, D] -> [R, D]; the last layer goes on with the rows that are wanted alone."""
+        if self.stack is not None and isinstance(plan, NativePlan) and not plan.prefills:
+            x_RD = self.stack.run(x_TD, plan, cache)
+            return x_RD if self.config.pre_norm else self.layers[-1].get_submodule("ffn_norm")(x_RD)
+        rows = None if len(plan.logit_rows) == len(x_TD) else plan.logit_rows
+        for layer in self.layers:
+            x_TD = layer(x_TD, plan, cache, rows if layer is self.layers[-1] else None)
+        return x_TD
 
     def logits(self, x_RE: Tensor, room: Tensor | None = None) -> Tensor | None:
         """Perhaps in `room`, earlier ones that nobody needs.

@@ -16,7 +16,7 @@ import pytest
 from support.own_kernels import needs_own
 
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import SOURCES
+from metaseq_api.kernels.compiling import SOURCES
 
 ROOT = Path(__file__).parents[2]
 

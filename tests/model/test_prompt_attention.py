@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.own_kernels import needs_own
 
 from metaseq_api.core import Batch, BatchItem, ModelConfig
 from metaseq_api.kernels.native import native
@@ -12,7 +13,7 @@ from metaseq_api.model.native import attend_native, plan_native
 from metaseq_api.parallel.context import ParallelContext
 
 HEADS, SIZE = 2, 16
-pytestmark = pytest.mark.skipif(native() is None, reason="this CPU has no kernels of our own")
+pytestmark = needs_own
 
 
 def cache_of(width: int, dtype: torch.dtype) -> KVCache:

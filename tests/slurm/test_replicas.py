@@ -180,7 +180,8 @@ def test_a_member_that_is_killed_costs_a_client_one_request_at_most_and_is_back_
     finally:
         short.end(), streams.end()
     assert set(short.all) <= {"answered", "502 member_lost"}, short.all
-    assert set(streams.all) <= {"answered", "502 member_lost", "broken stream"}, streams.all
+    # a front end that outlives the rest for a moment tells its clients
+    assert set(streams.all) <= {"answered", "502 member_lost", "broken stream", "told in the stream"}, streams.all
     assert max(c.total() - c["answered"] for c in short.found + streams.found) == 1, (short.all, streams.all)
     assert short.all.total() - short.all["answered"] < 20  # whoever was with another member saw nothing
     assert proxies[0].haproxy == haproxy

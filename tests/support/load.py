@@ -28,7 +28,9 @@ class Asker:
             if answer.status != 200:
                 return f"{answer.status} {json.loads(text)['error']['code']}"
             if body.get("stream"):
-                return "answered" if text.endswith("data: [DONE]\n\n") and '"error"' not in text else "cut short"
+                if '"error"' in text:
+                    return "told in the stream"
+                return "answered" if text.endswith("data: [DONE]\n\n") else "cut short"
             return "answered" if json.loads(text)["choices"] else "empty"
         except ConnectionRefusedError:
             return "refused"

@@ -109,7 +109,32 @@ def beside_others(case: Case) -> Tensor:
     return torch.cat(got) if got else torch.empty(0)
 
 
-WAYS: tuple[Way, ...] = (in_chunks, in_chunks, in_chunks, a_token_a_step, computed_anew, found, beside_others)
+def beside_unwanted(case: Case) -> Tensor:
+    """A few of a step's rows go on to the end, or none."""
+    blocks = case.blocks()
+    got = case.driver.step((case.tokens[:PROMPT], 0, blocks))
+    other, table = case.draw(190), case.blocks(190, blocks)
+    case.driver.step((other[:10], 0, table), wanted=[0])
+    for n in range(GENERATED):
+        item = (case.tokens[: PROMPT + n + 1], PROMPT + n, blocks)
+        got += case.driver.step((other[: 14 + 4 * n], 10 + 4 * n, table), item, wanted=[0, 1])[1:]
+    return torch.cat(got) if got else torch.empty(0)
+
+
+def layer_by_layer(case: Case) -> Tensor:
+    """Also where all layers could be run in one call."""
+    model = case.driver.model
+    kept, model.stack = model.stack, None
+    try:
+        return in_chunks(case)
+    finally:
+        model.stack = kept
+
+
+WAYS: tuple[Way, ...] = (
+    *(in_chunks, in_chunks, in_chunks, a_token_a_step, computed_anew, found),
+    *(beside_others, beside_unwanted, layer_by_layer),
+)
 
 
 def check(shape: str, dtype: torch.dtype, context: ParallelContext) -> None:

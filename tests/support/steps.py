@@ -32,23 +32,31 @@ class Driver:
         self.model.load(weights)
         self.cache = KVCache(config, self.context, dtype, num_blocks=num_blocks, block_size=block_size)
 
-    def step(self, *items: tuple[list[int], int, list[int]], prompts: Sequence[int] | None = None) -> list[Tensor]:
+    def step(
+        self,
+        *items: tuple[list[int], int, list[int]],
+        prompts: Sequence[int] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> list[Tensor]:
         """Feed (all tokens so far, how many the cache holds, blocks) of each sequence; logits of every fed token.
 
         `prompts`: how long the prompt of each is; where it is not said, a token fed by itself counts as generated.
+        `wanted`: of how many of each one's last tokens logits are.
         """
         if prompts is None:
             prompts = [cached if len(tokens) - cached == 1 else len(tokens) for tokens, cached, _ in items]
+        if wanted is None:
+            wanted = [len(tokens) - cached for tokens, cached, _ in items]
         batch = Batch(
             items=tuple(
                 BatchItem(
                     start=cached,
                     token_ids=tuple(tokens[cached:]),
                     block_ids=tuple(blocks[: -(-len(tokens) // self.cache.block_size)]),
-                    num_logits=len(tokens) - cached,
+                    num_logits=num_logits,
                     num_prompt=min(max(prompt - cached, 0), len(tokens) - cached),
                 )
-                for (tokens, cached, blocks), prompt in zip(items, prompts, strict=True)
+                for (tokens, cached, blocks), prompt, num_logits in zip(items, prompts, wanted, strict=True)
             )
         )
         with torch.inference_mode():

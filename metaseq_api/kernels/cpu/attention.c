@@ -1,4 +1,5 @@
 /* Attention over the paged cache: of generated tokens one by one, of a prompt in tiles of queries. */
+#include "step.h"
 #include "wide.h"
 
 /* For one query: tile 6 and the sums are one column wide. */
@@ -12,18 +13,6 @@ static void configure_column(void) {
     SEEN(&c);
     _tile_loadconfig(&c);
 }
-
-/* A step as plain numbers: where each token's key and value go, the generated tokens' contexts, pieces of prompts. */
-typedef struct {
-    const int32_t *block_T, *offset_T;         /* every token's place in the cache */
-    const int32_t *row_B, *context_B, *table_BN; /* generated tokens */
-    const int32_t *begin_P, *end_P, *start_P, *table_PN; /* pieces of prompts */
-    long num_tokens, num_single, num_pieces, width;
-    long heads, dim, size; /* H, D, S */
-    long stride;           /* between the rows of q, k and v */
-    float scale;
-    int threads;
-} step;
 
 /* One layer's share of it: q, k and v rows of one [T, 3 H D], the cache's pools, out [T, H * D]; `bytes` of one number. */
 typedef struct {

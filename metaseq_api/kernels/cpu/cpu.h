@@ -8,6 +8,7 @@
  *
  * Shapes: T rows, I inputs, O outputs; H heads, D head width, S tokens of a block, C tokens of a context.
  */
+#pragma once
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

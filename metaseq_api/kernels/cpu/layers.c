@@ -1,0 +1,68 @@
+/* Layers one after another: with few rows, calling the parts of a layer from Python takes as long as some of them. */
+#include "step.h"
+
+typedef struct {
+    const char *w, *b;
+} pair;
+
+/* A norm, a product, then attention or relu, and a product that is added to what went in. */
+typedef struct {
+    pair norm, first, second;
+} half;
+
+typedef struct {
+    half attention, ffn;
+    char *keys, *values;
+} layer;
+
+typedef struct {
+    const step *s;
+    const layer *layers;
+    long num_layers, width, ffn; /* D, and of this rank F */
+    float eps;
+    int pre_norm, residual, bytes; /* whether a norm's input is what is added to, or (350M) what it gives; whether this rank adds it */
+} stack;
+
+/* y = relu?(x W^T + b) + residual, which y may be. */
+static void linear(const stack *k, const char *x, pair by, const char *residual, char *y, long num_rows, long num_inputs, long num_outputs, int relu) {
+    if (k->bytes == 4)
+        metaseq_linear_wide((const float *)x, num_inputs, (const float *)by.w, (const float *)by.b, (const float *)residual, (float *)y,
+                            num_rows, num_inputs, num_outputs, relu, k->s->threads);
+    else
+        metaseq_linear((const bf16 *)x, num_inputs, (const bf16 *)by.w, (const bf16 *)by.b, (const bf16 *)residual, y,
+                       num_rows, num_inputs, num_outputs, relu, k->bytes, k->s->threads);
+}
+
+/* Some rows to the front, in their order. */
+static void gather(char *x, const int64_t *rows, long num, size_t row) {
+    for (long r = 0; r < num; r++) memmove(x + r * row, x + rows[r] * row, row);
+}
+
+/* Halves of layers from one on up to another, by x [T, D] in place. Its first rows are in the end those of `wanted`: the last
+ * layer goes on with no others once it has attended. `room`: for T * (D + 4 H * head width + F) numbers. */
+void metaseq_layers(const stack *k, long from, long to, char *x, char *room, const int64_t *wanted, long num_wanted) {
+    const step *s = k->s;
+    long last = 2 * k->num_layers - 2, width = k->width, inner = s->heads * s->dim;
+    long num = from > last ? num_wanted : s->num_tokens;
+    size_t row = width * k->bytes, own = inner * k->bytes;
+    char *h = room, *qkv = h + s->num_tokens * row, *o = qkv + s->num_tokens * 3 * own, *f = o + s->num_tokens * own;
+    for (long n = from; n < to; n++) {
+        const layer *l = k->layers + n / 2;
+        const half *now = n % 2 ? &l->ffn : &l->attention;
+        char *in = k->pre_norm ? h : x;
+        if (now->norm.w) metaseq_norm(x, now->norm.w, now->norm.b, in, num, width, k->eps, k->bytes, s->threads);
+        if (n % 2) {
+            linear(k, in, now->first, 0, f, num, width, k->ffn, 1);
+            linear(k, f, now->second, k->residual ? x : 0, x, num, k->ffn, width, 0);
+            continue;
+        }
+        linear(k, in, now->first, 0, qkv, num, width, 3 * inner, 0);
+        metaseq_attend(s, qkv, qkv + own, qkv + 2 * own, l->keys, l->values, o, k->bytes);
+        if (n == last && num_wanted < num) {
+            gather(x, wanted, num_wanted, row);
+            gather(o, wanted, num_wanted, own);
+            num = num_wanted;
+        }
+        linear(k, o, now->second, k->residual ? x : 0, x, num, inner, width, 0);
+    }
+}
