@@ -58,11 +58,23 @@ class Layer(ctypes.Structure):
     )
 
 
+class Ranks(ctypes.Structure):
+    """`ranks` of cpu/ranks.h: the memory that this machine's ranks sum through (`parallel.shared`)."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("words", "slots")),
+        ("count", ctypes.c_uint64),
+        ("slot", _LONG),
+        *((name, _INT) for name in ("rank", "num_ranks", "looks")),
+    )
+
+
 class Stack(ctypes.Structure):
     """`stack` of cpu/layers.c: what all halves of all layers have in common."""
 
     _fields_ = (
         ("step", ctypes.POINTER(Step)),
+        ("ranks", ctypes.POINTER(Ranks)),
         ("layers", ctypes.POINTER(Layer)),
         *((name, _LONG) for name in ("num_layers", "width", "ffn")),
         ("eps", ctypes.c_float),
@@ -98,7 +110,7 @@ class Native:
         self._attend.restype = None
         self._layers = self._library.metaseq_layers
         self._layers.argtypes = [ctypes.POINTER(Stack), _LONG, _LONG, *[_ADDRESS] * 3, _LONG]
-        self._layers.restype = None
+        self._layers.restype = _LONG
 
     def begin(self) -> bool:
         """Ask the kernel for AMX; whether it may be used."""
@@ -186,9 +198,11 @@ class Native:
         self._attend(step, *(x.data_ptr() for x in tensors), q_THD.dtype.itemsize)
         return out
 
-    def layers(self, stack: Stack, halves: range, x_TE: Tensor, room: Tensor, wanted_R: Tensor) -> None:
-        """Halves of layers; x is overwritten. The last layer, once it has attended, goes on with the wanted rows alone,
-        which are x's first ones then. The caller has checked what the stack's addresses stand for.
+    def layers(self, stack: Stack, halves: range, x_TE: Tensor, room: Tensor, wanted_R: Tensor) -> int:
+        """Halves of layers, with sums over the stack's ranks after each; x is overwritten. The last layer, once it has
+        attended, goes on with the wanted rows alone, which are x's first ones then. The caller has checked what the
+        stack's addresses stand for. Gives the next half; negative where the sum before it was said to the other ranks
+        and has not been heard from them.
 
         Shapes: [T, E], at least [T, E + 4 H * D + F], [R].
         """
@@ -200,7 +214,7 @@ class Native:
         assert room.numel() >= step.num_tokens * (stack.width + 4 * step.heads * step.dim + stack.ffn)
         assert wanted_R.dtype == torch.long
         addresses = (x_TE.data_ptr(), room.data_ptr(), wanted_R.data_ptr())
-        self._layers(stack, halves.start, halves.stop, *addresses, len(wanted_R))
+        return int(self._layers(stack, halves.start, halves.stop, *addresses, len(wanted_R)))
 
     def draw(self, scores_RV: Tensor, choices: Seq[tuple[float, float, int, float]]) -> tuple[Tensor, Tensor]:
         """Each row's highest score (NaN where there is one), and the token that its choice comes to.

@@ -74,14 +74,24 @@ class Stack:
         step.scale, step.stride = self.scale, 3 * inner
         self.addresses.step, self.addresses.bytes = ctypes.pointer(step), x_TD.itemsize
         room = torch.empty(num, width + 4 * inner + self.ffn, dtype=x_TD.dtype)
-        last = 2 * len(self.layers) - 2
-        each = range(last + 2)
-        for halves in [each] if self.context.tensor_size == 1 else [range(n, n + 1) for n in each]:
-            plan.native.layers(self.addresses, halves, x_TD, room, wanted_R)
-            sums = x_TD if halves.start < last else x_TD[: len(wanted_R)]
-            if len(sums) > 0:
-                self.context.all_reduce(sums)
+        self._run(plan.native, x_TD, room, wanted_R)
         return x_TD[: len(wanted_R)]
+
+    def _run(self, native: Native, x_TD: Tensor, room: Tensor, wanted_R: Tensor) -> None:
+        """All halves of layers, each with its sum over the ranks: in the same call where that can be."""
+        memory, num = self.context.memory, 2 * len(self.layers)
+        at_once = memory is not None and memory.ready_to_sum(x_TD)
+        self.addresses.ranks = ctypes.pointer(memory.state) if memory is not None and at_once else None
+        together = num if at_once or self.context.tensor_size == 1 else 1
+        done = 0
+        while done < num:
+            now = native.layers(self.addresses, range(done, min(done + together, num)), x_TD, room, wanted_R)
+            done = abs(now)
+            sums = x_TD if done < num - 1 else x_TD[: len(wanted_R)]
+            if now < 0 and memory is not None:
+                memory.hear_sum(sums)
+            elif not at_once and len(sums) > 0:
+                self.context.all_reduce(sums)
 
 
 def stack(config: ModelConfig, context: ParallelContext, layers: Seq[Parts]) -> Stack | None:

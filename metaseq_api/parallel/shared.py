@@ -3,6 +3,7 @@ millisecond, and a step of 12 layers has 25.
 
 Every rank has a count of what it has said, and two slots that it says it in, in turn. Whoever says its n-th thing knows
 that all have read its (n-2)nd, for they have said their (n-1)st. A wait looks for a moment, then sleeps in the kernel.
+`kernels/cpu/ranks.c` takes part in the same way, with `state`.
 
 Knows memory, processes of this machine and the kernel's futex. Does not know torch.distributed, or what is summed. For
 processors that keep the order of writes alone, as x86 does: data is written before its count, with no barrier between.
@@ -25,14 +26,16 @@ from typing import Any
 
 import torch
 
+from metaseq_api.kernels.native import Ranks
+
 log = logging.getLogger(__name__)
 
 SLOT = 1 << 20
 """Units: bytes said at once; larger tensors take several turns."""
 LOOK_S = 0.1
 """Units: seconds after which a rank that waits looks whether the other lives."""
-SPINS = 2000
-"""Looks before it sleeps, where every rank has a core."""
+SPINS, LOOKS = 2000, 5000
+"""Looks before it sleeps, where every rank has a core; and a kernel's, which are shorter."""
 _TOKEN = 16
 _LINE = 64
 _HEAD = 4096
@@ -73,31 +76,45 @@ class SharedMemory:
         self._address = whole.data_ptr() + _TOKEN
         self._bytes = whole[_HEAD:].view(len(pids), 2, SLOT)
         self._slots: dict[torch.dtype, list[list[torch.Tensor]]] = {}
-        self._count = 0
+        looks = LOOKS if self._spins else 0
+        slots = whole.data_ptr() + _HEAD
+        self.state = Ranks(self._address, slots, 0, SLOT, rank, len(pids), looks)
+        """What this rank has said and where, for kernels too."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place, with one rounding: the same bits on all."""
         for piece in _pieces(x):
-            parts = self._say(piece)
-            self._hear()
-            if len(parts) == 2:
-                torch.add(parts[0], parts[1], out=piece)
-            else:
-                total = parts[0].to(torch.float32, copy=True)
-                for part in parts[1:]:
-                    total += part
-                piece.copy_(total)
+            self._say(piece)
+            self.hear_sum(piece)
         return x
+
+    def hear_sum(self, x: torch.Tensor) -> None:
+        """The second half of a sum, of which this rank's part is said."""
+        self._hear()
+        x = x.view(-1)
+        parts = self._parts(x)
+        if len(parts) == 2:
+            torch.add(parts[0], parts[1], out=x)
+        else:
+            total = parts[0].to(torch.float32, copy=True)
+            for part in parts[1:]:
+                total += part
+            x.copy_(total)
+
+    def ready_to_sum(self, x: torch.Tensor) -> bool:
+        """Whether a kernel may sum what is as large as x: it fits, and what was said before has been heard."""
+        self._hear()
+        return x.nbytes <= SLOT
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """Every rank's `x` (one shape) on rank 0, in rank order; None elsewhere."""
         found = [torch.empty_like(x) for _ in self._pids] if self._rank == 0 else None
         whole = [] if found is None else [_pieces(f) for f in found]
         for i, piece in enumerate(_pieces(x)):
-            parts = self._say(piece)
+            self._say(piece)
             if found is not None:
                 self._hear()
-                for pieces, part in zip(whole, parts, strict=True):
+                for pieces, part in zip(whole, self._parts(piece), strict=True):
                     pieces[i].copy_(part)
         return found
 
@@ -106,23 +123,24 @@ class SharedMemory:
         self._words[self._rank * _LINE // 8 + _GONE] = 1
         self._wake()
 
-    def _say(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """Write a piece; where every rank's is found once it is heard."""
+    def _say(self, piece: torch.Tensor) -> None:
         self._hear()  # the last one, and so that the one before was read
-        self._count += 1
-        num, turn = piece.numel(), self._count % 2
+        self.state.count += 1
+        self._parts(piece)[self._rank].copy_(piece)
+        self._words[self._rank * _LINE // 8 + _COUNT] = self.state.count
+        self._wake()
+
+    def _parts(self, piece: torch.Tensor) -> list[torch.Tensor]:
+        """Where every rank's piece is, once it is heard."""
         slots = self._slots.get(piece.dtype)
         if slots is None:
             slots = self._slots[piece.dtype] = [list(b.view(piece.dtype)) for b in self._bytes.unbind(1)]
-        parts = [slot[:num] for slot in slots[turn]]
-        parts[self._rank].copy_(piece)
-        self._words[self._rank * _LINE // 8 + _COUNT] = self._count
-        self._wake()
-        return parts
+        num = piece.numel()
+        return [slot[:num] for slot in slots[self.state.count % 2]]
 
     def _hear(self) -> None:
         """Wait until every rank has said as much as this one."""
-        words, count = self._words, self._count
+        words, count = self._words, self.state.count
         for rank in self._others:
             at = rank * _LINE // 8 + _COUNT
             for _ in range(self._spins):

@@ -49,13 +49,15 @@ def test_bits_do_not_depend_on_chunks_neighbours_shared_heads_or_where_blocks_li
     check(shape, dtype, ParallelContext())
 
 
-def test_bits_of_two_ranks_depend_on_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_bits_of_several_ranks_depend_on_no_more(num_ranks: int, tmp_path: Path) -> None:
     script = Path(rank_bits.__file__)
     env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, str(script), str(r), "2", str(tmp_path / "store")], env=env) for r in range(2)
+        subprocess.Popen([sys.executable, str(script), str(r), str(num_ranks), str(tmp_path / "store")], env=env)
+        for r in range(num_ranks)
     ]
-    assert [p.wait(120) for p in ranks] == [0, 0]
+    assert [p.wait(120) for p in ranks] == [0] * num_ranks
 
 
 def test_bits_do_not_depend_on_how_many_generated_tokens_are_done_together(monkeypatch: pytest.MonkeyPatch) -> None:

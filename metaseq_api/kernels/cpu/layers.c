@@ -1,4 +1,5 @@
 /* Layers one after another: with few rows, calling the parts of a layer from Python takes as long as some of them. */
+#include "ranks.h"
 #include "step.h"
 
 typedef struct {
@@ -17,6 +18,7 @@ typedef struct {
 
 typedef struct {
     const step *s;
+    ranks *ranks; /* that hold the rest of each layer and can be heard by it; null where none do, or Python sums */
     const layer *layers;
     long num_layers, width, ffn; /* D, and of this rank F */
     float eps;
@@ -38,31 +40,40 @@ static void gather(char *x, const int64_t *rows, long num, size_t row) {
     for (long r = 0; r < num; r++) memmove(x + r * row, x + rows[r] * row, row);
 }
 
-/* Halves of layers from one on up to another, by x [T, D] in place. Its first rows are in the end those of `wanted`: the last
- * layer goes on with no others once it has attended. `room`: for T * (D + 4 H * head width + F) numbers. */
-void metaseq_layers(const stack *k, long from, long to, char *x, char *room, const int64_t *wanted, long num_wanted) {
+/* One half, by `num` rows, but the last attention's product by those that are wanted, which are the first ones of x then. */
+static void run(const stack *k, long n, char *x, char *room, long num, const int64_t *wanted, long num_wanted) {
     const step *s = k->s;
-    long last = 2 * k->num_layers - 2, width = k->width, inner = s->heads * s->dim;
-    long num = from > last ? num_wanted : s->num_tokens;
+    const layer *l = k->layers + n / 2;
+    const half *now = n % 2 ? &l->ffn : &l->attention;
+    long width = k->width, inner = s->heads * s->dim;
     size_t row = width * k->bytes, own = inner * k->bytes;
     char *h = room, *qkv = h + s->num_tokens * row, *o = qkv + s->num_tokens * 3 * own, *f = o + s->num_tokens * own;
-    for (long n = from; n < to; n++) {
-        const layer *l = k->layers + n / 2;
-        const half *now = n % 2 ? &l->ffn : &l->attention;
-        char *in = k->pre_norm ? h : x;
-        if (now->norm.w) metaseq_norm(x, now->norm.w, now->norm.b, in, num, width, k->eps, k->bytes, s->threads);
-        if (n % 2) {
-            linear(k, in, now->first, 0, f, num, width, k->ffn, 1);
-            linear(k, f, now->second, k->residual ? x : 0, x, num, k->ffn, width, 0);
-            continue;
-        }
-        linear(k, in, now->first, 0, qkv, num, width, 3 * inner, 0);
-        metaseq_attend(s, qkv, qkv + own, qkv + 2 * own, l->keys, l->values, o, k->bytes);
-        if (n == last && num_wanted < num) {
-            gather(x, wanted, num_wanted, row);
-            gather(o, wanted, num_wanted, own);
-            num = num_wanted;
-        }
-        linear(k, o, now->second, k->residual ? x : 0, x, num, inner, width, 0);
+    char *in = k->pre_norm ? h : x;
+    if (now->norm.w) metaseq_norm(x, now->norm.w, now->norm.b, in, num, width, k->eps, k->bytes, s->threads);
+    if (n % 2) {
+        linear(k, in, now->first, 0, f, num, width, k->ffn, 1);
+        linear(k, f, now->second, k->residual ? x : 0, x, num, k->ffn, width, 0);
+        return;
     }
+    linear(k, in, now->first, 0, qkv, num, width, 3 * inner, 0);
+    metaseq_attend(s, qkv, qkv + own, qkv + 2 * own, l->keys, l->values, o, k->bytes);
+    if (l == k->layers + k->num_layers - 1 && num_wanted < num) {
+        gather(x, wanted, num_wanted, row);
+        gather(o, wanted, num_wanted, own);
+        num = num_wanted;
+    }
+    linear(k, o, now->second, k->residual ? x : 0, x, num, inner, width, 0);
+}
+
+/* Halves of layers from one on up to another, by x [T, D] in place, and after each the sum over all ranks. Its first rows are in
+ * the end those of `wanted`: the last layer goes on with no others once it has attended. `room`: for T * (D + 4 H * head width +
+ * F) numbers. Gives the next half; negative where the sum before it was said and not heard. */
+long metaseq_layers(const stack *k, long from, long to, char *x, char *room, const int64_t *wanted, long num_wanted) {
+    long last = 2 * k->num_layers - 2;
+    for (long n = from; n < to; n++) {
+        run(k, n, x, room, n > last ? num_wanted : k->s->num_tokens, wanted, num_wanted);
+        long num = n < last ? k->s->num_tokens : num_wanted;
+        if (k->ranks && num && !sum_over_ranks(k->ranks, x, num * k->width, k->bytes)) return -(n + 1);
+    }
+    return to;
 }
