@@ -148,9 +148,11 @@ def check(shape: str, dtype: torch.dtype, context: ParallelContext) -> None:
 
 
 def main() -> None:
-    rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    rank, size, store, node = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] or None
     torch.set_num_threads(1)
-    context = join(rank=rank, world_size=size, init=f"file://{store}", device=torch.device("cpu"), timeout_s=60)
+    cpu = torch.device("cpu")
+    context = join(rank=rank, world_size=size, init=f"file://{store}", device=cpu, timeout_s=60, node=node)
+    assert (context.memory is not None) == (node is not None)
     for dtype in DTYPES:
         check("heads of 64", dtype, context)
         if context.memory is not None:  # once more, with every sum that is not there at once left to Python
