@@ -66,7 +66,7 @@ haproxy:
 	bash tests/support/slurm_cluster.sh install-haproxy
 
 test-slurm: $(BIN)/.test
-	$(BIN)/pytest -m slurm
+	$(BIN)/pytest -m slurm -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fresh: $(BIN)/.test
 	$(BIN)/pytest -m fresh
