@@ -34,12 +34,13 @@ def let_threads_rest() -> None:
 
 
 def take_large_pages() -> None:
-    """Have torch ask for pages of 2 MB for what it holds on a CPU, unless THP_MEM_ALLOC_ENABLE is set.
+    """Have torch ask for pages of 2 MB for what is as large, where there are any, unless THP_MEM_ALLOC_ENABLE is set.
 
     A step reads every weight; in pages of 4 KB, which many systems give where nobody asks, finding them took a tenth of
     its time. Torch asks the environment when it first allocates. Source: c10/core/impl/alloc_cpu.cpp.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():  # or torch would warn
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

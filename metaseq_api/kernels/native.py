@@ -33,7 +33,7 @@ _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 class Step(ctypes.Structure):
-    """`step` of cpu/attention.c: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
+    """`step` of cpu/step.h: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
 
     _fields_ = (
         *((name, _ADDRESS) for name in ("block_T", "offset_T", "row_B", "context_B", "table_BN")),

@@ -49,12 +49,14 @@ def test_bits_do_not_depend_on_chunks_neighbours_shared_heads_or_where_blocks_li
     check(shape, dtype, ParallelContext())
 
 
-@pytest.mark.parametrize(("num_ranks", "node"), [(2, ""), (2, "here"), (4, "here")], ids=str)
-def test_bits_of_several_ranks_depend_on_no_more(num_ranks: int, node: str, tmp_path: Path) -> None:
-    """Over sockets, or through the memory of one node."""
+@pytest.mark.parametrize(
+    ("num_ranks", "node", "slot"), [(2, "", 1 << 20), (2, "here", 1 << 13), (4, "here", 1 << 20)], ids=str
+)
+def test_bits_of_several_ranks_depend_on_no_more(num_ranks: int, node: str, slot: int, tmp_path: Path) -> None:
+    """Over sockets, or through the memory of one node: in pieces of a slot where a step's rows do not fit one."""
     script = Path(rank_bits.__file__)
     env = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    about = (str(num_ranks), str(tmp_path / "store"), node)
+    about = (str(num_ranks), str(tmp_path / "store"), node, str(slot))
     ranks = [subprocess.Popen([sys.executable, str(script), str(r), *about], env=env) for r in range(num_ranks)]
     assert [p.wait(120) for p in ranks] == [0] * num_ranks
 

@@ -4,7 +4,7 @@
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
  * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.
  *
- * Knows numbers in memory. Does not know torch; `native.py` compiles this and calls it, with shapes it has checked.
+ * Knows numbers in memory. Does not know torch; `native.py` calls this, with shapes it has checked.
  *
  * Shapes: T rows, I inputs, O outputs; H heads, D head width, S tokens of a block, C tokens of a context.
  */

@@ -22,6 +22,14 @@ static int heard(const ranks *r, int rank) {
     return atomic_load(said_by(r, rank)) >= r->count;
 }
 
+/* To bf16 as torch does it: the instruction takes the smallest numbers for 0, and Python may sum the same on another rank. */
+static __m256i narrow(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
 static void add_up(const ranks *r, char *x, long num, int bytes) {
     for (long i = 0; i < num; i += 16) {
         __mmask16 mask = lanes(num - i);
@@ -32,7 +40,7 @@ static void add_up(const ranks *r, char *x, long num, int bytes) {
             sum = n ? _mm512_add_ps(sum, v) : v;
         }
         if (bytes == 4) _mm512_mask_storeu_ps(x + i * bytes, mask, sum);
-        else _mm256_mask_storeu_epi16(x + i * bytes, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+        else _mm256_mask_storeu_epi16(x + i * bytes, mask, narrow(sum));
     }
 }
 
