@@ -48,6 +48,7 @@ def said(service: Service, *words: str) -> str:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named_within_the_timeout_with_every_stack_in_the_log(rank: int, supervised: Service) -> None:
+    assert supervised.texts(prompt="x", max_tokens=1)  # it says that it is ready a moment before its engine runs
     pid = supervised.ranks[rank].pid
     began = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
@@ -56,8 +57,9 @@ def test_a_stopped_rank_is_named_within_the_timeout_with_every_stack_in_the_log(
     assert supervised.end(15) == 20
     assert f"rank {rank} of 2 (pid {pid}" in said(supervised, "error", "was stopped, by SIGSTOP")
     text = "\n".join(supervised.lines)
-    # both in most runs; on busy cores one of them has been missing, which is not understood yet
-    assert [name for name in ("in receive", "in follow", "in turn") if name in text], "no stack of any rank"
+    # the one that is not stopped may have noticed by itself
+    stacks = {0: ("in turn", "in _explain"), 1: ("in follow", "in _explain")}
+    assert all(any(name in text for name in names) for names in stacks.values()), text
 
 
 def test_an_idle_service_outlives_its_timeout_many_times(supervised: Service) -> None:
