@@ -59,13 +59,20 @@ while True:
 EOF
 }
 
-forget_names() { # FOLDER: of this cluster alone; rewritten in place, since a container's /etc/hosts cannot be replaced
-    local kept
-    (
-        flock 9
-        kept=$(grep -vF "$MARK $1" /etc/hosts || true)
-        printf '%s\n' "$kept" >/etc/hosts
-    ) 9</etc/hosts
+# FOLDER: of this cluster alone. Its line becomes empty ones: a container's /etc/hosts cannot be replaced, and a file that is
+# written anew is empty for a moment, in which who asks for a name beside another cluster finds none.
+forget_names() {
+    python3 - "$MARK $1" <<'EOF'
+import fcntl, re, sys
+
+with open("/etc/hosts", "r+b", buffering=0) as hosts:
+    fcntl.flock(hosts, fcntl.LOCK_EX)
+    line = rb"[^\n]*" + re.escape(sys.argv[1].encode()) + rb"\n"
+    kept = re.sub(line, lambda found: b"\n" * len(found[0]), hosts.read())
+    hosts.seek(0)
+    hosts.write(kept)
+    hosts.truncate(len(kept.rstrip(b"\n")) + 1)
+EOF
 }
 
 tell_names() { # FOLDER NODES
