@@ -1,7 +1,7 @@
 /* Linear layers in fp32. */
 #include "wide.h"
 
-enum { CHUNK = 96, PART = 256 }; /* rows at once, and of their inputs what fits the first cache beside a panel's */
+enum { CHUNK = 96, PART = 128 }; /* rows at once, and of their inputs so many that a panel of them stays in the first cache */
 
 typedef struct {
     const float *w;
