@@ -26,13 +26,14 @@ class Choice(NamedTuple):
     """The token that `uniform`, in [0, 1), falls on; less than 0: the likeliest, whatever else is said.
 
     below: how far below the best one a score may be (min_p's logarithm). top_k: 0 for all. Of equal ones the first stay
-    (here, with top_k or top_p, any).
+    (here, with top_k or top_p, any). forbidden: tokens that are not among them.
     """
 
     uniform: float
     top_p: float = 1.0
     top_k: int = 0
     below: float = -math.inf
+    forbidden: tuple[int, ...] = ()
 
     @property
     def is_cut(self) -> bool:
@@ -46,10 +47,9 @@ LIKELIEST = Choice(-1.0)
 class Chooser(Protocol):
     """Somebody who answers."""
 
-    def draw(self, scores_RV: Tensor, choices: Seq[Choice]) -> tuple[Tensor, Tensor]:
-        """Each row's highest score, NaN where there is one, and the token chosen. Perhaps overwrites scores.
-
-        Shapes: [R, V], R -> [R], [R] of 64-bit integers.
+    def draw(self, scores_RV: Tensor, choices: Seq[Choice], banned: Seq[int] = ()) -> Tensor:
+        """Of each row the token chosen, no banned one, and the highest score that one may have: NaN where there is one,
+        -inf where no token was left. Overwrites scores. Shapes: [R, V], R -> [R, 2] in fp64.
         """
         ...
 
@@ -65,12 +65,17 @@ class Chooser(Protocol):
 class ByTorch:
     """Implements Chooser."""
 
-    def draw(self, scores_RV: Tensor, choices: Seq[Choice]) -> tuple[Tensor, Tensor]:
+    def draw(self, scores_RV: Tensor, choices: Seq[Choice], banned: Seq[int] = ()) -> Tensor:
+        for token_id in banned:
+            scores_RV[:, token_id] = -torch.inf
+        if forbidden := [(i, t) for i, choice in enumerate(choices) for t in choice.forbidden]:
+            at_2N = put([*zip(*forbidden, strict=True)], scores_RV.device, torch.long)
+            scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
         best_R, chosen_R = scores_RV.max(-1)
         if drawn := [i for i, choice in enumerate(choices) if choice.uniform >= 0]:
             at = put(drawn, scores_RV.device, torch.long)
             chosen_R.index_copy_(0, at, _draw(_rows(scores_RV, at), [choices[i] for i in drawn]))
-        return best_R, chosen_R
+        return torch.stack([chosen_R.double(), best_R.double()], 1)
 
     def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
         at = put(list(rows), scores_RV.device, torch.long)

@@ -277,9 +277,9 @@ class Engine:
         while logits is not None:
             read.take(logits)
             logits = next(parts, None)
-        self._worker.keep(step.batch, read.chosen)
         self._scheduler.apply(step, dict.fromkeys(read.drawn, UNKNOWN))
         if self._worker.runs_ahead:
+            self._worker.keep(step.batch, read.chosen)
             self._unread = read
         else:
             self._see_to(read)

@@ -11,7 +11,6 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,10 +52,22 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """Tokens on their device, [R]; `read` waits for them, and None is a row whose logits are not numbers."""
+    """Tokens that may still be on their device."""
 
-    chosen_R: Tensor
-    read: Callable[[], list[Scored | None]]
+    table: Tensor
+    """What `Chooser.draw` gives; where more was asked, beside it what `Chooser.rate` does."""
+    asked: Seq[int | None]
+
+    @property
+    def chosen_R(self) -> Tensor:
+        """The tokens, where they are. Shapes: [R]."""
+        return self.table[:, 0]
+
+    def read(self) -> list[Scored | None]:
+        """Wait for them; None is a row whose logits are not numbers."""
+        scored, best = _read(self.table, self.asked)
+        # the best passes NaN on, and -inf means that nothing was left to choose
+        return [s if math.isfinite(b) else None for s, b in zip(scored, best, strict=True)]
 
 
 class Sampler:
@@ -75,7 +86,7 @@ class Sampler:
 
     def draw(self, logits_RV: Tensor, rows: Seq[Row]) -> Drawn:
         """The same, without waiting for a GPU (but where top_p cuts)."""
-        device, heat = logits_RV.device, [_heat(r.params) for r in rows]
+        heat = [_heat(r.params) for r in rows]
         raw_RV = _tempered(logits_RV, heat, spends=self._spends)
         scores_RV, asked = raw_RV[:, : self._num_tokens], [_num_asked(r.params) for r in rows]
         adjusted = [(i, r.adjustment, heat[i]) for i, r in enumerate(rows) if r.adjustment is not None]
@@ -83,28 +94,16 @@ class Sampler:
             scores_RV = self._copied(scores_RV)
         if adjusted:
             adjust(scores_RV, adjusted)
-        for token_id in self._banned:
-            scores_RV[:, token_id] = -torch.inf
-        if forbidden := [(i, t) for i, r in enumerate(rows) for t in r.forbidden]:
-            at_2N = put([*zip(*forbidden, strict=True)], device, torch.long)
-            scores_RV.index_put_((at_2N[0], at_2N[1]), scores_RV.new_full((), -torch.inf))
-        best_R, chosen_R = self._by.draw(scores_RV, [_choice(r, self._num_tokens) for r in rows])
-        # the best passes NaN on, and -inf means that nothing was left to choose
-        table = self._table(raw_RV, chosen_R, best_R.isfinite(), asked)
-
-        def read() -> list[Scored | None]:
-            scored, sound = _read(table, asked)
-            return [s if ok else None for s, ok in zip(scored, sound, strict=True)]
-
-        return Drawn(chosen_R=chosen_R, read=read)
+        drawn_R2 = self._by.draw(scores_RV, [_choice(r, self._num_tokens) for r in rows], self._banned)
+        return Drawn(table=self._table(raw_RV, drawn_R2, asked), asked=asked)
 
     def score(self, logits_RV: Tensor, tokens: Seq[int], params: SamplingParams) -> list[Scored]:
         """Log-probabilities of given tokens, one a row (a prompt's)."""
         raw_RV = _tempered(logits_RV, [_heat(params)] * len(tokens))
         most = max(params.logprobs or 0 if params.echo else 0, params.prompt_logprobs or 0)
-        chosen_R = put(list(tokens), logits_RV.device, torch.long)
+        given_R2 = put(list(tokens), logits_RV.device, torch.double)[:, None].expand(-1, 2)
         asked, ranked = [most] * len(tokens), params.prompt_logprobs is not None
-        return _read(self._table(raw_RV, chosen_R, chosen_R, asked), asked, ranked=ranked)[0]
+        return _read(self._table(raw_RV, given_R2, asked), asked, ranked=ranked)[0]
 
     def _copied(self, scores_RV: Tensor) -> Tensor:
         room, num = self._room, len(scores_RV)
@@ -112,29 +111,28 @@ class Sampler:
             room = self._room = torch.empty_like(scores_RV, memory_format=torch.contiguous_format)
         return room[:num].copy_(scores_RV)
 
-    def _table(self, raw_RV: Tensor, chosen_R: Tensor, beside_R: Tensor, asked: Seq[int | None]) -> Tensor:
+    def _table(self, raw_RV: Tensor, drawn_R2: Tensor, asked: Seq[int | None]) -> Tensor:
         """The chosen tokens, numbers beside them, and what was asked of each: all of it leaves a GPU in one copy.
 
         Shapes: -> [R, 2], or with what was asked [R, 4 + 2 K], K being the most alternatives that anybody wants.
         """
-        table = torch.stack([chosen_R.double(), beside_R.double()], 1)
         if not (wanted := [i for i, k in enumerate(asked) if k is not None]):
-            return table
+            return drawn_R2
         most = min(max(asked[i] or 0 for i in wanted), raw_RV.shape[1])
-        found = self._by.rate(raw_RV, wanted, chosen_R, most)
+        found = self._by.rate(raw_RV, wanted, drawn_R2[:, 0].long(), most)
         if len(wanted) < len(asked):
             at = put(wanted, raw_RV.device, torch.long)
             found = found.new_zeros(len(asked), found.shape[1]).index_copy_(0, at, found)
-        return torch.cat([table, found], 1)
+        return torch.cat([drawn_R2, found], 1)
 
 
 def _choice(row: Row, num_tokens: int) -> Choice:
     params = row.params
     if params.greedy:
-        return LIKELIEST
+        return Choice(LIKELIEST.uniform, forbidden=row.forbidden) if row.forbidden else LIKELIEST
     top_p = max(row.top_p, LEAST) if row.top_p < 1 else 1.0
     below = math.log(max(params.min_p, LEAST)) if params.min_p else -math.inf
-    return Choice(row.uniform, top_p, min(params.top_k or 0, num_tokens), below)
+    return Choice(row.uniform, top_p, min(params.top_k or 0, num_tokens), below, row.forbidden)
 
 
 def _num_asked(params: SamplingParams) -> int | None:

@@ -36,12 +36,10 @@ class Step(ctypes.Structure):
     """`step` of cpu/step.h: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
 
     _fields_ = (
-        *((name, _ADDRESS) for name in ("block_T", "offset_T", "row_B", "context_B", "table_BN")),
-        *((name, _ADDRESS) for name in ("begin_P", "end_P", "start_P", "table_PN")),
-        *(
-            (name, _LONG)
-            for name in ("num_tokens", "num_single", "num_pieces", "width", "heads", "dim", "size", "stride")
-        ),
+        *((name, _ADDRESS) for name in ("words", "block_T", "offset_T")),
+        *((name, _ADDRESS) for name in ("row_B", "context_B", "table_B")),
+        *((name, _ADDRESS) for name in ("begin_P", "end_P", "start_P", "table_P")),
+        *((name, _LONG) for name in ("num_tokens", "num_single", "num_pieces", "heads", "dim", "size", "stride")),
         ("scale", ctypes.c_float),
         ("threads", _INT),
     )
@@ -100,11 +98,17 @@ class Native:
         self._norm.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, ctypes.c_float, _INT, _INT]
         self._norm.restype = None
         self._draw = self._library.metaseq_draw
-        self._draw.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT]
+        self._draw.argtypes = [*[_ADDRESS] * 3, _LONG, _ADDRESS, _LONG, _LONG, _LONG, _INT]
         self._draw.restype = None
         self._rate = self._library.metaseq_rate
         self._rate.argtypes = [*[_ADDRESS] * 4, _LONG, _LONG, _LONG, _LONG, _INT]
         self._rate.restype = None
+        self._plan = self._library.metaseq_plan
+        self._plan.argtypes = [_ADDRESS, ctypes.POINTER(Step), _ADDRESS, _ADDRESS, _INT]
+        self._plan.restype = _LONG
+        self._embed = self._library.metaseq_embed
+        self._embed.argtypes = [*[_ADDRESS] * 5, _LONG, _LONG, _INT, _INT]
+        self._embed.restype = None
         self._attend = self._library.metaseq_attend
         self._attend.argtypes = [ctypes.POINTER(Step), *[_ADDRESS] * 6, _INT]
         self._attend.restype = None
@@ -185,6 +189,31 @@ class Native:
         self._norm(*(x.data_ptr() for x in tensors), *x_TE.shape, eps, x_TE.itemsize, torch.get_num_threads())
         return y_TE
 
+    def plan(self, step: Step, words: array[int], *, pieces: bool) -> tuple[Tensor, Tensor]:
+        """Set what a step attends to, by the words of its Batch (`Batch.pack`); without `pieces` all but its prompts.
+        `step` knows its number of tokens and a block's size.
+
+        Gives room for its integers, first the tokens and their positions, to be kept for as long as the step, as are
+        the words; and the rows whose logits are wanted. Shapes: -> [7 T + 4 N] of 32 bits, [R] of 64.
+        """
+        num = step.num_tokens
+        room, wanted_T = torch.empty(7 * num + 4 * words[0], dtype=torch.int32), torch.empty(num, dtype=torch.long)
+        given = words.buffer_info()[0]
+        return room, wanted_T[: self._plan(given, step, room.data_ptr(), wanted_T.data_ptr(), pieces)]
+
+    def embed(self, token_ids_T: Tensor, positions_T: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        """Each token's row of a table, and its position's of another, added. Shapes: [., D], [., D] -> [T, D]."""
+        assert token_ids_T.dtype == positions_T.dtype == torch.int32
+        assert table.dtype == positions.dtype
+        assert table.shape[1] == positions.shape[1]
+        num, width = len(token_ids_T), table.shape[1]
+        x_TD = torch.empty(num, width, dtype=table.dtype)
+        tensors = (token_ids_T, positions_T, table, positions)
+        assert all(x.is_contiguous() for x in tensors)
+        addresses = (*(x.data_ptr() for x in tensors), x_TD.data_ptr())
+        self._embed(*addresses, num, width, table.itemsize, torch.get_num_threads())
+        return x_TD
+
     def attend(self, step: Step, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write a step's keys and values into pools [P, H, S, D], and attend as it says. Shapes: -> [T, H * D]."""
         num, heads, dim = q_THD.shape
@@ -216,22 +245,34 @@ class Native:
         addresses = (x_TE.data_ptr(), room.data_ptr(), wanted_R.data_ptr())
         return int(self._layers(stack, halves.start, halves.stop, *addresses, len(wanted_R)))
 
-    def draw(self, scores_RV: Tensor, choices: Seq[tuple[float, float, int, float]]) -> tuple[Tensor, Tensor]:
-        """Each row's highest score (NaN where there is one), and the token that its choice comes to.
+    def draw(
+        self,
+        scores_RV: Tensor,
+        choices: Seq[tuple[float, float, int, float, tuple[int, ...]]],
+        banned: Seq[int] = (),
+    ) -> Tensor:
+        """The token that each row's choice comes to, and the row's highest score (NaN where there is one).
 
         A choice is `choice` of cpu/draw.c: a number in [0, 1) that falls on a token (or -1 for the highest), top_p,
-        top_k (0: all), and how far below the highest a score may be, as a number up to 0.
-        Shapes: scores [R, V] -> [R], [R] of 64-bit integers.
+        top_k (0: all), and how far below the highest a score may be, as a number up to 0; and tokens that are not to be
+        chosen, as those that are banned for all: these scores are overwritten.
+        Shapes: scores [R, V] -> [R, 2] in fp64.
         """
         num, width = scores_RV.shape
         assert len(choices) == num
         assert scores_RV.dtype == torch.float32
         assert scores_RV.stride(1) == 1
-        best_R, chosen_R = torch.empty(num), torch.empty(num, dtype=torch.long)
-        choices_R4 = array("d", chain.from_iterable(choices))
-        tensors = (best_R.data_ptr(), chosen_R.data_ptr(), scores_RV.stride(0))
-        self._draw(scores_RV.data_ptr(), choices_R4.buffer_info()[0], *tensors, num, width, torch.get_num_threads())
-        return best_R, chosen_R
+        numbers = array("d", chain.from_iterable(choice[:4] for choice in choices))
+        closed = array("q")
+        for row, choice in enumerate(choices):
+            for token_id in (*banned, *choice[4]):
+                assert 0 <= token_id < width
+                closed.extend((row, token_id))
+        drawn_R2 = torch.empty(num, 2, dtype=torch.double)
+        given = (numbers.buffer_info()[0], closed.buffer_info()[0], len(closed) // 2, drawn_R2.data_ptr())
+        sizes = (scores_RV.stride(0), num, width, torch.get_num_threads())
+        self._draw(scores_RV.data_ptr(), *given, *sizes)
+        return drawn_R2
 
     def rate(self, scores_RV: Tensor, rows: Seq[int], chosen_R: Tensor, most: int) -> Tensor:
         """Of each of some rows: its chosen token's log-probability and rank, 1 for the likeliest; then the log-

@@ -8,15 +8,14 @@ by torch's kernel (`prefill`).
 
 Knows the Batch and the cache's layout. Does not know the model.
 
-Shapes: T tokens of the step, N items, W blocks of the longest table, H heads, D head width.
+Shapes: T tokens of the step, H heads, D head width.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
-from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +27,12 @@ from metaseq_api.model.prefill import Prefill, attend_prefill, plan_prefill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativePlan:
-    """A Batch as integers; `step` holds the addresses of `arrays`."""
+    """A Batch as integers; `step` holds addresses of `words` and `room`."""
 
     native: Native
     step: Step
-    arrays: tuple[np.ndarray, ...]
+    words: array[int]
+    room: Tensor
     token_ids_T: Tensor
     positions_T: Tensor
     logit_rows: Tensor
@@ -43,70 +43,39 @@ class NativePlan:
 
 def plan_native(batch: Batch, cache: KVCache, native: Native) -> NativePlan:
     """Work out, once for all layers, what each token reads and where its key and value go."""
-    size, keys = cache.block_size, cache.keys[0]
-    rows = _Rows(batch, size)
-    prompts = [n for n, item in enumerate(batch.items) if item.num_prompt]
+    keys, num, words = cache.keys[0], batch.num_tokens, batch.pack()
     here = keys.dtype == torch.float32 or keys.shape[-1] % INPUTS == 0
-    pieces, elsewhere = (prompts, []) if here else ([], prompts)
-    single = np.flatnonzero(rows.at_T >= rows.num_prompt_N[rows.item_T])
-    arrays = (
-        rows.block_T,
-        (rows.position_T % size).astype(np.int32),
-        single.astype(np.int32),
-        (rows.position_T[single] + 1).astype(np.int32),
-        rows.table_NW[rows.item_T[single]],
-        rows.first_N[pieces].astype(np.int32),
-        (rows.first_N + rows.num_prompt_N)[pieces].astype(np.int32),
-        rows.start_N[pieces].astype(np.int32),
-        rows.table_NW[pieces],
-    )
     step = Step(
-        *(a.ctypes.data for a in arrays),
-        num_tokens=len(rows.token_T),
-        num_single=len(single),
-        num_pieces=len(pieces),
-        width=rows.table_NW.shape[1],
+        num_tokens=num,
         heads=cache.num_heads,
         dim=keys.shape[-1],
-        size=size,
+        size=cache.block_size,
         threads=torch.get_num_threads(),
     )
+    room, logit_rows = native.plan(step, words, pieces=here)
     return NativePlan(
         native=native,
         step=step,
-        arrays=arrays,
-        token_ids_T=torch.from_numpy(rows.token_T),
-        positions_T=torch.from_numpy(rows.position_T),
-        logit_rows=torch.from_numpy(rows.wanted),
-        prefills=tuple(_prefill(batch.items[n], int(rows.first_N[n]), cache) for n in elsewhere),
+        words=words,
+        room=room,
+        token_ids_T=room[:num],
+        positions_T=room[num : 2 * num],
+        logit_rows=logit_rows,
+        prefills=() if here else _prefills(batch, cache),
     )
 
 
-class _Rows:
-    """A Batch of N items as columns: of the items, and of the T tokens they feed."""
-
-    def __init__(self, batch: Batch, size: int) -> None:
-        items, num = batch.items, len(batch.items)
-        about = np.array([(i.start, len(i.token_ids), len(i.block_ids), i.num_prompt, i.num_logits) for i in items])
-        self.start_N, len_N, blocks_N, self.num_prompt_N, num_logits_N = about.T
-        self.first_N = len_N.cumsum() - len_N
-        """Its first row among the tokens."""
-        self.token_T = np.fromiter(chain.from_iterable(i.token_ids for i in items), np.int64, int(len_N.sum()))
-        self.item_T = np.arange(num).repeat(len_N)
-        self.at_T = np.arange(len(self.token_T)) - self.first_N[self.item_T]
-        """Its place among those of its item."""
-        self.position_T = self.at_T + self.start_N[self.item_T]
-        self.wanted = np.flatnonzero(self.at_T >= (len_N - num_logits_N)[self.item_T])
-        """Rows of which logits are."""
-        self.table_NW = np.zeros((num, int(blocks_N.max())), np.int32)
-        """Block tables, each filled up with zeros that are never read."""
-        flat = np.fromiter(chain.from_iterable(i.block_ids for i in items), np.int32, int(blocks_N.sum()))
-        self.table_NW[np.arange(self.table_NW.shape[1]) < blocks_N[:, None]] = flat
-        self.block_T = self.table_NW[self.item_T, self.position_T // size]
+def _prefills(batch: Batch, cache: KVCache) -> tuple[Prefill, ...]:
+    """The prompts' share of a step, for torch's kernel."""
+    found, first = [], 0
+    for item in batch.items:
+        if item.num_prompt:
+            found.append(_prefill(item, first, cache))
+        first += item.num_tokens
+    return tuple(found)
 
 
 def _prefill(item: BatchItem, first: int, cache: KVCache) -> Prefill:
-    """A prompt's share of a step for torch's kernel."""
     return plan_prefill(
         begin=first,
         end=first + item.num_prompt,

@@ -128,7 +128,7 @@ class OPT(nn.Module):
         output = None if self.config.tied_output else weights.tensor("decoder.output_projection.weight")
         self.embed.load(weights.tensor("decoder.embed_tokens.weight"), output)
         positions = read_whole(weights.tensor("decoder.embed_positions.weight"))
-        self.positions = positions.to(self.context.device, self.dtype)
+        self.positions = positions[POSITION_OFFSET:].to(self.context.device, self.dtype)
         if self.config.has_projection:
             self.project_in.load([weights.tensor("decoder.project_in_dim.weight")], [])
             self.project_out.load([weights.tensor("decoder.project_out_dim.weight")], [])
@@ -143,15 +143,21 @@ class OPT(nn.Module):
         """Run a step. Shapes: -> [R, E], the hidden rows whose logits are wanted."""
         if plan.half_filled is not None:
             cache.clear(plan.half_filled)
-        x = self.embed(plan.token_ids_T)
-        if self.config.has_projection:
-            x = self.project_in(x)
-        x_TD = x + F.embedding(plan.positions_T + POSITION_OFFSET, self.positions)
-        x_RD = self._through_layers(x_TD, plan, cache)
+        x_RD = self._through_layers(self._embedded(plan), plan, cache)
         if self.config.final_norm:
             x_RD = self.norm(x_RD)
         x_RE: Tensor = self.project_out(x_RD) if self.config.has_projection else x_RD
         return x_RE
+
+    def _embedded(self, plan: Plan) -> Tensor:
+        """Shapes: -> [T, D]."""
+        if isinstance(plan, NativePlan) and self.context.tensor_size == 1 and not self.config.has_projection:
+            return plan.native.embed(plan.token_ids_T, plan.positions_T, self.embed.table, self.positions)
+        x = self.embed(plan.token_ids_T)
+        if self.config.has_projection:
+            x = self.project_in(x)
+        x_TD: Tensor = x + F.embedding(plan.positions_T, self.positions)
+        return x_TD
 
     def _parts(self) -> list[tuple[Linear | Norm | None, ...]]:
         """Of each layer in the order in which they are run; a norm after a layer is the next one's first part."""

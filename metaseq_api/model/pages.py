@@ -32,7 +32,7 @@ class Pages:
 
     def __init__(self, pools: Sequence[Tensor], ahead: int) -> None:
         self._pools = pools
-        self._ahead = ahead
+        self._num, self._ahead = len(pools[0]), ahead
         self._taken = 0  # blocks
         self._taking: threading.Thread | None = None
         self._may = sys.platform == "linux" and pools[0].device.type == "cpu"
@@ -40,11 +40,10 @@ class Pages:
 
     def reach(self, block: int) -> None:
         """A block is in use, and with it all below; go on taking once half of what was taken ahead is."""
-        num = len(self._pools[0])
-        if self._taken >= min(block + 1 + self._ahead // 2, num) or not self._may:
+        if self._taken >= min(block + 1 + self._ahead // 2, self._num) or not self._may:
             return
         if self._taking is None or not self._taking.is_alive():
-            first, self._taken = self._taken, min(block + 1 + self._ahead, num)
+            first, self._taken = self._taken, min(block + 1 + self._ahead, self._num)
             self._taking = threading.Thread(target=self._take, args=(first, self._taken), daemon=True, name="pages")
             self._taking.start()  # it holds the pools while it runs, no longer
 

@@ -53,6 +53,7 @@ class Stack:
         self.ffn = config.ffn_dim // context.tensor_size
         self.layers = (Layer * len(layers))(*(Layer(*_addresses(parts)) for parts in layers))
         self.cache: KVCache | None = None
+        self.room: Tensor | None = None  # the longest step's: fresh pages take longer than some parts
         self.addresses = Addresses(
             layers=self.layers,
             num_layers=len(layers),
@@ -73,8 +74,9 @@ class Stack:
         inner = step.heads * step.dim
         step.scale, step.stride = self.scale, 3 * inner
         self.addresses.step, self.addresses.bytes = ctypes.pointer(step), x_TD.itemsize
-        room = torch.empty(num, width + 4 * inner + self.ffn, dtype=x_TD.dtype)
-        self._run(plan.native, x_TD, room, wanted_R)
+        if self.room is None or len(self.room) < num:
+            self.room = torch.empty(num, width + 4 * inner + self.ffn, dtype=x_TD.dtype)
+        self._run(plan.native, x_TD, self.room, wanted_R)
         return x_TD[: len(wanted_R)]
 
     def _run(self, native: Native, x_TD: Tensor, room: Tensor, wanted_R: Tensor) -> None:

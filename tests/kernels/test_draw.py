@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ def scores(rows: int, width: int, *, seed: int = 0, spread: float = 3.0) -> Tens
     values[torch.rand(rows, width, generator=generator) < 0.2] = -torch.inf
     values[:, seed % width] = 0.25
     return values
+
+
+def told(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest scores, and the tokens chosen."""
+    return drawn[:, 1].float(), drawn[:, 0].long()
+
+
+def draw(values: Tensor, choices: Sequence[Choice], banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    return told(own().draw(values, choices, banned))
 
 
 def left(row: list[float], choice: Choice) -> list[int]:
@@ -48,8 +58,8 @@ def test_it_chooses_what_torch_chooses_where_nothing_is_cut(rows: int, width: in
     for seed in range(5):
         values = scores(rows, width, seed=seed)
         choices = [LIKELIEST if numbers.random() < 0.3 else Choice(numbers.random()) for _ in range(rows)]
-        best, chosen = own().draw(values, choices)
-        want_best, want = ByTorch().draw(values.clone(), choices)
+        best, chosen = draw(values, choices)
+        want_best, want = told(ByTorch().draw(values.clone(), choices))
         assert best.equal(want_best)
         assert chosen.equal(want)
 
@@ -79,10 +89,10 @@ def test_all_that_the_rules_leave_is_drawn_and_nothing_else(cut: Choice, width: 
     middles = weights.cumsum(0) - weights / 2
     shown = [n for n, w in enumerate(weights.tolist()) if w > 1e-6][:400]  # what rounding cannot hide
     choices = [cut._replace(uniform=min(float(middles[n]), LAST)) for n in shown]
-    chosen = own().draw(values.expand(len(shown), -1), choices)[1]
+    chosen = draw(values.expand(len(shown), -1), choices)[1]
     assert chosen.tolist() == [kept[n] for n in shown]
     edges = [cut._replace(uniform=u) for u in (0.0, LAST)]
-    assert set(own().draw(values.expand(2, -1), edges)[1].tolist()) <= set(kept)
+    assert set(draw(values.expand(2, -1), edges)[1].tolist()) <= set(kept)
 
 
 def test_of_many_equal_ones_the_first_stay() -> None:
@@ -90,8 +100,8 @@ def test_of_many_equal_ones_the_first_stay() -> None:
     values[0, 4000:] = 1.0
     # 1000 weigh 1 each and 4000 weigh 1 / e: 0.2 of that are 495 of the first
     for choice, last in ((Choice(LAST, top_k=300), 4299), (Choice(LAST, top_p=0.2), 4494)):
-        assert int(own().draw(values, [choice])[1]) == last
-        assert int(own().draw(values, [choice._replace(uniform=0.0)])[1]) == 4000
+        assert int(draw(values, [choice])[1]) == last
+        assert int(draw(values, [choice._replace(uniform=0.0)])[1]) == 4000
 
 
 def test_a_token_that_weighs_nothing_is_never_drawn() -> None:
@@ -101,16 +111,16 @@ def test_a_token_that_weighs_nothing_is_never_drawn() -> None:
             values[:, only] = -5.0
             for cut in (Choice(0), *CUTS):
                 choices = [cut._replace(uniform=u) for u in (0.0, 0.5, LAST)]
-                assert own().draw(values, choices)[1].tolist() == [only] * 3
+                assert draw(values, choices)[1].tolist() == [only] * 3
     values = scores(200, 3000)
-    chosen = own().draw(values, [Choice(0.0), Choice(LAST)] * 100)[1]
+    chosen = draw(values, [Choice(0.0), Choice(LAST)] * 100)[1]
     assert values.gather(1, chosen[:, None]).isfinite().all()
 
 
 def test_each_token_is_drawn_as_often_as_it_weighs() -> None:
     num = 20000
     values = torch.tensor([0.0, -torch.inf, 1.0, -1.0, 2.0]).repeat(num, 1)
-    chosen = own().draw(values, [Choice((i + 0.5) / num) for i in range(num)])[1]
+    chosen = draw(values, [Choice((i + 0.5) / num) for i in range(num)])[1]
     torch.testing.assert_close(chosen.bincount(minlength=5) / num, values[0].softmax(-1), atol=1e-4, rtol=0)
 
 
@@ -118,7 +128,7 @@ def test_of_equal_ones_the_first_is_the_best() -> None:
     values = torch.zeros(2, 4000)
     values[0, [1500, 1501, 3999]] = 7.0
     values[1, [3999, 3998]] = 7.0
-    best, chosen = own().draw(values, [LIKELIEST] * 2)
+    best, chosen = draw(values, [LIKELIEST] * 2)
     assert (best.tolist(), chosen.tolist()) == ([7.0, 7.0], [1500, 3998])
 
 
@@ -129,7 +139,7 @@ def test_what_is_no_number_is_told(at: int) -> None:
     values[2] = -torch.inf
     values[3, at] = torch.inf
     for choice in (LIKELIEST, Choice(0.5), Choice(0.5, top_p=0.5, top_k=3)):
-        best, chosen = own().draw(values, [choice] * 4)
+        best, chosen = draw(values, [choice] * 4)
         assert best.isfinite().tolist() == [True, False, False, False]
         assert best[1].isnan()
         assert int(chosen.min()) >= 0
@@ -139,10 +149,24 @@ def test_what_is_no_number_is_told(at: int) -> None:
 def test_a_row_is_chosen_alike_among_any_others_and_by_any_number_of_threads() -> None:
     values, before = scores(100, 2500), torch.get_num_threads()
     choices = [Choice(0.4), Choice(0.7, top_p=0.9), Choice(0.2, top_p=0.8, top_k=40), LIKELIEST] * 25
-    together = own().draw(values, choices)[1]
-    assert [int(own().draw(values[i : i + 1], choices[i : i + 1])[1]) for i in range(100)] == together.tolist()
+    together = draw(values, choices)[1]
+    assert [int(draw(values[i : i + 1], choices[i : i + 1])[1]) for i in range(100)] == together.tolist()
     try:
         torch.set_num_threads(1)
-        assert own().draw(values, choices)[1].equal(together)
+        assert draw(values, choices)[1].equal(together)
     finally:
         torch.set_num_threads(before)
+
+
+def test_tokens_that_are_forbidden_or_banned_are_not_chosen() -> None:
+    for chooser in (own(), ByTorch()):
+        values = torch.tensor([9.0, 8.0, 7.0, 6.0, -torch.inf]).repeat(4, 1)
+        choices = [
+            LIKELIEST,
+            Choice(-1.0, forbidden=(1,)),
+            Choice(LAST, forbidden=(3,)),
+            Choice(0.5, forbidden=(1, 2, 3)),
+        ]
+        best, chosen = told(chooser.draw(values, choices, banned=[0]))
+        assert chosen[:3].tolist() == [1, 2, 2]
+        assert best.tolist() == [8.0, 7.0, 8.0, -torch.inf], "of the last nothing is left"

@@ -149,7 +149,7 @@ static void singles(const step *s, long first, long last, const char *q, const c
     long dim = s->dim, block = s->heads * s->size;
     for (long at = first; at < last; at++) {
         long b = at / s->heads, h = at % s->heads, context = s->context_B[b];
-        const int32_t *table = s->table_BN + b * s->width;
+        const int32_t *table = s->words + s->table_B[b];
         const char *mine = q + (s->row_B[b] * s->stride + h * dim) * bytes;
         float sum_D[dim], wide_D[dim];
         memset(sum_D, 0, dim * 4);
@@ -253,7 +253,7 @@ static void piece(const step *s, long n, long h, const bf16 *q, const bf16 *keys
     long up = (stop + 31) / 32 * 32;
     float *p = room, *sums = p + QUERIES * (up + APART);
     bf16 *w = (bf16 *)(sums + QUERIES * dim), *k = w + QUERIES * (up + APART), *v = k + up * dim, *mine = v + up * dim;
-    lay_out(s, s->table_PN + n * s->width, h, stop, keys, values, k, v);
+    lay_out(s, s->words + s->table_P[n], h, stop, keys, values, k, v);
     for (long at = start / QUERIES * QUERIES; at < stop; at += QUERIES) {
         long low = at < start ? start : at, high = at + QUERIES < stop ? at + QUERIES : stop;
         memset(mine, 0, QUERIES * dim * 2);
@@ -288,7 +288,7 @@ static void piece_wide(const step *s, long n, long h, const float *q, const floa
     long dim = s->dim, start = s->start_P[n], begin = s->begin_P[n], stop = start + s->end_P[n] - begin;
     long most = up_to(stop, WIDE), broad = up_to(dim, WIDE);
     float *sums = p + FEW * most, *k = sums + FEW * broad, *v = k + most * dim, whole[FEW];
-    lay_out_wide(s, s->table_PN + n * s->width, h, stop, keys, values, k, v);
+    lay_out_wide(s, s->words + s->table_P[n], h, stop, keys, values, k, v);
     for (long at = start; at < stop; at += FEW) {
         long rows = stop - at < FEW ? stop - at : FEW, num = at + rows;
         const float *mine = q + (begin + at - start) * s->stride + h * dim;

@@ -14,8 +14,7 @@ typedef struct {
 typedef struct {
     const float *scores;
     const choice *choices;
-    float *best;
-    int64_t *chosen;
+    double *drawn;
     long stride, num_rows, num, rows;
     size_t room;
 } draw_job;
@@ -173,16 +172,19 @@ static void draw_rows(const void *about, long piece) {
     for (long r = piece * j->rows; r < least(j->num_rows, (piece + 1) * j->rows); r++) {
         const float *s = j->scores + r * j->stride;
         long at = highest(s, j->num);
-        float best = j->best[r] = s[at];
+        float best = s[at];
         const choice *c = j->choices + r;
-        j->chosen[r] = c->uniform >= 0 && isfinite(best) ? drawn(s, j->num, best, c, room) : at;
+        j->drawn[2 * r] = c->uniform >= 0 && isfinite(best) ? drawn(s, j->num, best, c, room) : at;
+        j->drawn[2 * r + 1] = best;
     }
 }
 
-/* scores: rows `stride` apart. Of each row the highest score, and its token or a drawn one. */
-void metaseq_draw(const float *scores, const choice *choices, float *best, int64_t *chosen, long stride, long num_rows, long num,
-                  int threads) {
+/* scores: rows `stride` apart; of `closed`, pairs of a row and a token, none is left. Of each row its highest token or a drawn
+ * one, and the highest score. */
+void metaseq_draw(float *scores, const choice *choices, const int64_t *closed, long num_closed, double *drawn, long stride,
+                  long num_rows, long num, int threads) {
+    for (long n = 0; n < num_closed; n++) scores[closed[2 * n] * stride + closed[2 * n + 1]] = -INFINITY;
     size_t room = 3 * up_to(num, 16) * sizeof(float) + up_to(num, BLOCK) / BLOCK * sizeof(double);
-    draw_job job = {scores, choices, best, chosen, stride, num_rows, num, MUCH / num + 1, room};
+    draw_job job = {scores, choices, drawn, stride, num_rows, num, MUCH / num + 1, room};
     share_out(up_to(num_rows, job.rows) / job.rows, draw_rows, &job, threads);
 }

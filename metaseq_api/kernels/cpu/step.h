@@ -4,10 +4,11 @@
 
 /* A step as plain numbers: where each token's key and value go, the generated tokens' contexts, pieces of prompts. */
 typedef struct {
-    const int32_t *block_T, *offset_T;         /* every token's place in the cache */
-    const int32_t *row_B, *context_B, *table_BN; /* generated tokens */
-    const int32_t *begin_P, *end_P, *start_P, *table_PN; /* pieces of prompts */
-    long num_tokens, num_single, num_pieces, width;
+    const int32_t *words;                       /* that tables of blocks begin at places of */
+    const int32_t *block_T, *offset_T;          /* every token's place in the cache */
+    const int32_t *row_B, *context_B, *table_B; /* generated tokens */
+    const int32_t *begin_P, *end_P, *start_P, *table_P; /* pieces of prompts */
+    long num_tokens, num_single, num_pieces;
     long heads, dim, size; /* H, D, S */
     long stride;           /* between the rows of q, k and v */
     float scale;
