@@ -49,8 +49,6 @@ class Stack:
 
     def __init__(self, config: ModelConfig, context: ParallelContext, layers: Seq[Parts]) -> None:
         self.context = context
-        self.scale = config.head_dim**-0.5
-        self.ffn = config.ffn_dim // context.tensor_size
         self.layers = (Layer * len(layers))(*(Layer(*_addresses(parts)) for parts in layers))
         self.cache: KVCache | None = None
         self.room: Tensor | None = None  # the longest step's: fresh pages take longer than some parts
@@ -58,7 +56,7 @@ class Stack:
             layers=self.layers,
             num_layers=len(layers),
             width=config.hidden_dim,
-            ffn=self.ffn,
+            ffn=config.ffn_dim // context.tensor_size,
             eps=config.norm_eps,
             pre_norm=config.pre_norm,
             residual=context.is_driver,
@@ -72,18 +70,21 @@ class Stack:
                 layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         (num, width), step, wanted_R = x_TD.shape, plan.step, plan.logit_rows
         inner = step.heads * step.dim
-        step.scale, step.stride = self.scale, 3 * inner
+        step.scale, step.stride = step.dim**-0.5, 3 * inner
         self.addresses.step, self.addresses.bytes = ctypes.pointer(step), x_TD.itemsize
         if self.room is None or len(self.room) < num:
-            self.room = torch.empty(num, width + 4 * inner + self.ffn, dtype=x_TD.dtype)
+            self.room = torch.empty(num, width + 4 * inner + self.addresses.ffn, dtype=x_TD.dtype)
         self._run(plan.native, x_TD, self.room, wanted_R)
         return x_TD[: len(wanted_R)]
 
     def _run(self, native: Native, x_TD: Tensor, room: Tensor, wanted_R: Tensor) -> None:
         """All halves of layers, each with its sum over the ranks: in the same call where that can be."""
         memory, num = self.context.memory, 2 * len(self.layers)
-        at_once = memory is not None and memory.ready_to_sum(x_TD)
-        self.addresses.ranks = ctypes.pointer(memory.state) if memory is not None and at_once else None
+        at_once = memory is not None and memory.takes(x_TD)
+        self.addresses.ranks = None
+        if memory is not None and at_once:
+            memory.hear()  # what was said last: a kernel says the next
+            self.addresses.ranks = ctypes.pointer(memory.state)
         together = num if at_once or self.context.tensor_size == 1 else 1
         done = 0
         while done < num:

@@ -90,7 +90,7 @@ class SharedMemory:
 
     def hear_sum(self, x: torch.Tensor) -> None:
         """The second half of a sum, of which this rank's part is said."""
-        self._hear()
+        self.hear()
         x = x.view(-1)
         parts = self._parts(x)
         if len(parts) == 2:
@@ -101,9 +101,19 @@ class SharedMemory:
                 total += part
             x.copy_(total)
 
-    def ready_to_sum(self, x: torch.Tensor) -> bool:
-        """Whether a kernel may sum what is as large as x: it fits, and what was said before has been heard."""
-        self._hear()
+    def hear(self) -> None:
+        """Wait until every rank has said as much as this one."""
+        words, count = self._words, self.state.count
+        for rank in self._others:
+            at = rank * _LINE // 8 + _COUNT
+            for _ in range(self._spins):
+                if words[at] >= count:
+                    break
+            else:
+                self._sleep(rank, count)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether it is said in one turn: only then can a kernel sum it."""
         return x.nbytes <= SLOT
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor] | None:
@@ -113,7 +123,7 @@ class SharedMemory:
         for i, piece in enumerate(_pieces(x)):
             self._say(piece)
             if found is not None:
-                self._hear()
+                self.hear()
                 for pieces, part in zip(whole, self._parts(piece), strict=True):
                     pieces[i].copy_(part)
         return found
@@ -124,7 +134,7 @@ class SharedMemory:
         self._wake()
 
     def _say(self, piece: torch.Tensor) -> None:
-        self._hear()  # the last one, and so that the one before was read
+        self.hear()  # the last one, and so that the one before was read
         self.state.count += 1
         self._parts(piece)[self._rank].copy_(piece)
         self._words[self._rank * _LINE // 8 + _COUNT] = self.state.count
@@ -137,17 +147,6 @@ class SharedMemory:
             slots = self._slots[piece.dtype] = [list(b.view(piece.dtype)) for b in self._bytes.unbind(1)]
         num = piece.numel()
         return [slot[:num] for slot in slots[self.state.count % 2]]
-
-    def _hear(self) -> None:
-        """Wait until every rank has said as much as this one."""
-        words, count = self._words, self.state.count
-        for rank in self._others:
-            at = rank * _LINE // 8 + _COUNT
-            for _ in range(self._spins):
-                if words[at] >= count:
-                    break
-            else:
-                self._sleep(rank, count)
 
     def _sleep(self, rank: int, count: int) -> None:
         at, began = rank * _LINE // 8 + _COUNT, time.monotonic()

@@ -40,8 +40,9 @@ static void gather(char *x, const int64_t *rows, long num, size_t row) {
     for (long r = 0; r < num; r++) memmove(x + r * row, x + rows[r] * row, row);
 }
 
-/* One half, by `num` rows, but the last attention's product by those that are wanted, which are the first ones of x then. */
-static void run(const stack *k, long n, char *x, char *room, long num, const int64_t *wanted, long num_wanted) {
+/* One half, by `num` rows; how many it leaves. The last attention's product goes on with those that are wanted alone, which
+ * are the first ones of x then. */
+static long run(const stack *k, long n, char *x, char *room, long num, const int64_t *wanted, long num_wanted) {
     const step *s = k->s;
     const layer *l = k->layers + n / 2;
     const half *now = n % 2 ? &l->ffn : &l->attention;
@@ -53,7 +54,7 @@ static void run(const stack *k, long n, char *x, char *room, long num, const int
     if (n % 2) {
         linear(k, in, now->first, 0, f, num, width, k->ffn, 1);
         linear(k, f, now->second, k->residual ? x : 0, x, num, k->ffn, width, 0);
-        return;
+        return num;
     }
     linear(k, in, now->first, 0, qkv, num, width, 3 * inner, 0);
     metaseq_attend(s, qkv, qkv + own, qkv + 2 * own, l->keys, l->values, o, k->bytes);
@@ -63,16 +64,16 @@ static void run(const stack *k, long n, char *x, char *room, long num, const int
         num = num_wanted;
     }
     linear(k, o, now->second, k->residual ? x : 0, x, num, inner, width, 0);
+    return num;
 }
 
 /* Halves of layers from one on up to another, by x [T, D] in place, and after each the sum over all ranks. Its first rows are in
  * the end those of `wanted`: the last layer goes on with no others once it has attended. `room`: for T * (D + 4 H * head width +
  * F) numbers. Gives the next half; negative where the sum before it was said and not heard. */
 long metaseq_layers(const stack *k, long from, long to, char *x, char *room, const int64_t *wanted, long num_wanted) {
-    long last = 2 * k->num_layers - 2;
+    long num = from == 2 * k->num_layers - 1 ? num_wanted : k->s->num_tokens;
     for (long n = from; n < to; n++) {
-        run(k, n, x, room, n > last ? num_wanted : k->s->num_tokens, wanted, num_wanted);
-        long num = n < last ? k->s->num_tokens : num_wanted;
+        num = run(k, n, x, room, num, wanted, num_wanted);
         if (k->ranks && num && !sum_over_ranks(k->ranks, x, num * k->width, k->bytes)) return -(n + 1);
     }
     return to;
