@@ -1,7 +1,7 @@
 """One rank's life: check, meet the others, read its slice of the weights, then serve (rank 0) or follow.
 
-The one library module that knows all the others: it puts them together and holds no logic of theirs. Started by
-`launch.child` or, under srun and torchrun, by the door itself; `resident` puts the same together without the service.
+`rank` puts together what it is made of. This module knows all the others, and holds no logic of theirs. Started by
+`launch.child` or, under srun and torchrun, by the door itself; `resident` runs the same without the service.
 """
 
 from __future__ import annotations
@@ -14,24 +14,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from metaseq_api.checkpoint.checkpoint import DTYPES, Checkpoint
-from metaseq_api.checkpoint.counted import Counted, Loadable, driver_bytes
 from metaseq_api.checkpoint.opening import open_checkpoint
-from metaseq_api.checkpoint.verify import glance
-from metaseq_api.core import ModelConfig
 from metaseq_api.engine.channel import Channel
-from metaseq_api.engine.engine import Engine
-from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.outlet import Outlet
-from metaseq_api.engine.results import ResultCache
 from metaseq_api.engine.worker import Worker, follow
-from metaseq_api.errors import CheckpointMismatch, MemoryTooSmall, RankFailed, ResourceError, SettingsError
+from metaseq_api.errors import MemoryTooSmall, RankFailed
 from metaseq_api.launch.child import ignore_stops, settle
 from metaseq_api.launch.countdown import Countdown, Hooks
 from metaseq_api.launch.drain import Drain
@@ -39,41 +30,20 @@ from metaseq_api.launch.front_end import FrontEnd
 from metaseq_api.launch.meeting import resolved
 from metaseq_api.launch.post_mortem import show_stack_and_kill, state_of
 from metaseq_api.launch.recorder import Recorder, recorded
-from metaseq_api.launch.rendezvous import RankInfo, device_index
+from metaseq_api.launch.rendezvous import RankInfo
 from metaseq_api.launch.signals import heard
 from metaseq_api.launch.startup import StartUp
 from metaseq_api.launch.successor import hooks_of
 from metaseq_api.launch.terms import Deadline, Terms
-from metaseq_api.model.cache import KVCache
-from metaseq_api.model.memory import Plan, plan
-from metaseq_api.model.opt import OPT
 from metaseq_api.parallel.context import ParallelContext, break_off, join, leave
 from metaseq_api.parallel.roll import Peer, missing, sign_in
-from metaseq_api.progress import progress_bar
-from metaseq_api.scheduling.blocks import BlockPool
-from metaseq_api.scheduling.scheduler import Scheduler
+from metaseq_api.rank import Opener, Prepared, load, make_engine, model_name, prepare
 from metaseq_api.settings import Settings
-from metaseq_api.tokenizer import Tokenizer, find_files
 
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
-Opener = Callable[[Path], Loadable]
 _SPEAKS_OF_A_PEER = re.compile(r"timed? ?out|connect|peer|broken pipe|closed", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """All that was checked before anything large is read or any other rank is met."""
-
-    checkpoint: Loadable
-    config: ModelConfig
-    tokenizer: Tokenizer
-    device: torch.device
-    dtype: torch.dtype
-    max_seq_len: int
-    memory: Plan
-    threads: int
 
 
 def run_rank(
@@ -154,81 +124,6 @@ def explained(
         raise _explain(e, rank, context, list(peers)) from e
 
 
-def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_checkpoint) -> Prepared:
-    """Check everything that can be checked cheaply. Raises: MetaseqApiError."""
-    checkpoint = open_weights(settings.checkpoint)
-    config = checkpoint.config
-    config.check_parallel(rank.world_size)
-    max_seq_len = settings.max_seq_len or config.max_positions
-    if max_seq_len > config.max_positions:
-        raise SettingsError(
-            f"MAX_SEQ_LEN (--max-seq-len) is {max_seq_len}, but this model has {config.max_positions} positions; "
-            "lower it"
-        )
-    if rank.rank == 0 and isinstance(checkpoint, Checkpoint):
-        for finding in glance(checkpoint):
-            if finding.fatal:
-                raise CheckpointMismatch(f"{finding.path} {finding.what}")
-            log.warning("%s: %s", finding.path, finding.what)
-    tokenizer = Tokenizer.load(
-        *find_files(settings.checkpoint, settings.bpe_vocab, settings.bpe_merges), model_vocab_size=config.vocab_size
-    )
-    device = _device(settings, rank)
-    dtype = DTYPES[settings.dtype or (config.dtype if device.type == "cuda" else "fp32")]
-    return Prepared(
-        checkpoint=checkpoint,
-        config=config,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        threads=settings.threads or max(1, torch.get_num_threads() // rank.local_world_size),
-        memory=plan(
-            config,
-            settings,
-            dtype=dtype,
-            device=device,
-            tensor_size=rank.world_size,
-            ranks_here=rank.local_world_size,
-            max_seq_len=max_seq_len,
-        ),
-    )
-
-
-def load(
-    ready: Prepared,
-    context: ParallelContext,
-    settings: Settings,
-    recorder: Recorder | None = None,
-    startup: StartUp | None = None,
-) -> Worker:
-    """Read this rank's slice of the weights, rank 0 saying how far it itself is, and make its cache."""
-    startup = startup or StartUp.of_this_process(supervised=False)
-    num_blocks = context.least(ready.memory.num_blocks)  # now: after reading, ranks may be minutes apart
-    model = OPT(ready.config, context, ready.dtype)
-    with progress_bar("loading") if context.is_driver else contextlib.nullcontext(None) as begin:
-        if begin is None:
-            model.load(ready.checkpoint)
-        else:
-            total = driver_bytes(ready.checkpoint, context.tensor_size)
-            listeners = [begin(total), *([recorder.loading(total)] if recorder else [])]
-            model.load(
-                Counted(
-                    ready.checkpoint,
-                    lambda done: [told(done) for told in listeners],
-                    lambda: startup.inside("reading", around="packing"),
-                )
-            )
-    startup.lap("packing")
-    cache = KVCache(ready.config, context, ready.dtype, num_blocks=num_blocks, block_size=settings.block_size)
-    ahead = settings.run_ahead if settings.run_ahead is not None else ready.device.type == "cuda"
-    worker = Worker(model, cache, graphs=settings.cuda_graphs, max_ahead=settings.max_batch_size if ahead else 0)
-    startup.lap("cache")
-    worker.prepare(settings.max_batch_size)
-    startup.lap("steps")
-    return worker
-
-
 def serve(
     settings: Settings,
     ready: Prepared,
@@ -285,7 +180,7 @@ def _front_end(
     if sock is None:
         return contextlib.nullcontext(None)
     facts = {
-        "model_name": _model_name(settings),
+        "model_name": model_name(settings),
         "max_seq_len": ready.max_seq_len,
         "vocab_size": ready.config.vocab_size,
     }
@@ -312,26 +207,6 @@ def _explain(error: RuntimeError, rank: RankInfo, context: ParallelContext | Non
     return RankFailed(f"{says} ({reason})")
 
 
-def make_engine(settings: Settings, ready: Prepared, worker: Worker, channel: Channel) -> Engine:
-    """Rank 0's engine, not yet running."""
-    cache = worker.cache
-    return Engine(
-        worker=worker,
-        channel=channel,
-        scheduler=Scheduler(
-            BlockPool(cache.num_blocks, cache.block_size),
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_size=settings.max_batch_size,
-            prefix_cache=settings.prefix_cache,
-        ),
-        tokenizer=ready.tokenizer,
-        limits=Limits(max_seq_len=ready.max_seq_len, max_samples=settings.max_beam, max_queue=settings.max_queue),
-        model_name=_model_name(settings),
-        heartbeat_s=settings.timeout_s / 3,
-        results=ResultCache(settings.cache_size, settings.cache_list_size) if settings.cache_size else None,
-    )
-
-
 def print_banner(settings: Settings, ready: Prepared, worker: Worker, front: FrontEnd, startup: StartUp) -> None:
     """Say what is served, how long that took, where it is, and what to type."""
     from metaseq_api.server.keys import curl_header
@@ -341,7 +216,7 @@ def print_banner(settings: Settings, ready: Prepared, worker: Worker, front: Fro
     prompt = "Return the" if ready.tokenizer.vocab_size < 10000 else "Paris is the capital of France and"
     log.info(
         "serving %s (%s) from %d part(s) x %d shard(s), %.1f M parameters, %s on %d %s rank(s), cache %d tokens",
-        _model_name(settings),
+        model_name(settings),
         "the embedded demo model" if settings.demo else settings.checkpoint,
         source.num_parts,
         source.num_shards,
@@ -361,22 +236,3 @@ def curl_line(url: str, prompt: str, header: str = "") -> str:
         f"curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
         f'-d \'{{"prompt": "{prompt}", "max_tokens": 32, "temperature": 0}}\''
     )
-
-
-def _model_name(settings: Settings) -> str:
-    """What clients see: the folder's name, never its path."""
-    return "demo" if settings.demo else Path(settings.checkpoint).resolve().name
-
-
-def _device(settings: Settings, rank: RankInfo) -> torch.device:
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if settings.device == "cpu" or (settings.device is None and not available):
-        return torch.device("cpu")
-    if not available:
-        raise ResourceError(
-            "--device cuda, but torch sees no GPU here: it must be a torch built for CUDA, and `nvidia-smi` must show "
-            "the GPU; --device cpu serves without"
-        )
-    index = device_index(rank.local_rank, available)
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from metaseq_api import host
+from metaseq_api import host, rank
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
@@ -119,8 +119,8 @@ def loaded(
     begun: Callable[[Followers], object],
     *,
     module: str = host.__name__,
-    open_weights: host.Opener = open_checkpoint,
-) -> Iterator[tuple[Engine, host.Prepared]]:
+    open_weights: rank.Opener = open_checkpoint,
+) -> Iterator[tuple[Engine, rank.Prepared]]:
     """An engine of `settings.model_parallel` ranks, to be run by this thread, whose rank 0 it is.
 
     `begun` hears of the other ranks before anything is read; `module` holds their `run_rank`. Raises: MetaseqApiError.
@@ -131,7 +131,7 @@ def loaded(
     here = Placement(kind="alone", node=socket.gethostname())
     me, *others = here.local_ranks(num_ranks, f"file:///proc/self/fd/{store}")
     with contextlib.ExitStack() as stack:
-        ready = host.prepare(settings, me, open_weights)
+        ready = rank.prepare(settings, me, open_weights)
         torch.set_num_threads(ready.threads)
         followers = Followers(settings, others, store, module=module)
         begun(followers)
@@ -149,9 +149,9 @@ def loaded(
                 )
                 stack.callback(leave, context)
                 sign_in(context, me.node, os.getpid())
-                worker = host.load(ready, context, settings)
+                worker = rank.load(ready, context, settings)
                 context.wait_for_all("loaded", timeout_s=host.LOAD_TIMEOUT_S, check=followers.check)
-                engine = host.make_engine(settings, ready, worker, Channel(context))
+                engine = rank.make_engine(settings, ready, worker, Channel(context))
         except RankFailed:
             followers.blame()
             raise

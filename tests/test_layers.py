@@ -30,8 +30,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "server": (LOW | {"core"}, {"flask", "waitress", "werkzeug", "jinja2", "prometheus_client"}),
     "bench": (
         LOW
-        | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "host", "launch"}
-        | {"kernels", "resident"},
+        | {"core", "checkpoint", "scheduling", "tokenizer", "parallel", "model", "engine", "launch"}
+        | {"kernels", "rank", "host", "resident"},
         {"torch", "transformers"},
     ),
     "launch": (LOW | {"core"}, set()),
@@ -43,7 +43,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"core", "llm", "machine"}, set()),
 }
 # what puts a rank, a model or a door's model together may know everything but the tops above itself
-TOPS = {"host": set(), "resident": {"host"}, "llm": {"resident"}, "local": {"resident"}}
+TOPS = {"rank": set(), "host": {"rank"}, "resident": {"host", "rank"}, "llm": {"resident"}, "local": {"resident"}}
 TOP_MAY = set(RULES) - {"__init__", "asking", "client", "front"}
 DOOR_THIRD = TENSOR | {"tokenizers", "tqdm", "transformers"}
 FAIRSCALE_ONLY_IN = {"metaseq_api/checkpoint/trainer.py"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from metaseq_api.bench.figures import Row
 from metaseq_api.bench.limits import bandwidth, share_of_bandwidth
 from metaseq_api.bench.work import Generate, prompt
-from metaseq_api.host import Prepared
+from metaseq_api.rank import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

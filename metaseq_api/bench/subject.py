@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaseq_api import host
+from metaseq_api import host, rank
 from metaseq_api.bench import peer, shape_host
 from metaseq_api.bench.vocabulary import filled_up
 from metaseq_api.checkpoint.checkpoint import DTYPES
@@ -88,7 +88,7 @@ class Subject:
     shape: str | None
 
     def open(self, path: Path) -> Loadable:
-        """What `host.prepare` opens. Raises: CheckpointError."""
+        """What `rank.prepare` opens. Raises: CheckpointError."""
         if self.shape is None:
             return open_checkpoint(path)
         device, config = default_device(self.settings.device), OPT_SHAPES[self.shape]
@@ -105,7 +105,7 @@ class Ours:
     """Our engine, to be run in the thread that made it, and what was prepared for it."""
 
     engine: Engine
-    ready: host.Prepared
+    ready: rank.Prepared
 
 
 def subject(shape: str | None, checkpoint: Path | None, settings: Settings) -> Subject:
@@ -135,12 +135,12 @@ def ours(of: Subject) -> Ours:
     alone = RankInfo(
         rank=0, world_size=1, local_rank=0, local_world_size=1, node=socket.gethostname(), init="file:///dev/null"
     )
-    ready = host.prepare(of.settings, alone, of.open)
+    ready = rank.prepare(of.settings, alone, of.open)
     torch.set_num_threads(ready.threads)
     context = ParallelContext(device=ready.device)
-    worker = host.load(ready, context, of.settings)
+    worker = rank.load(ready, context, of.settings)
     settle()
-    return Ours(host.make_engine(of.settings, ready, worker, Channel(context)), ready)
+    return Ours(rank.make_engine(of.settings, ready, worker, Channel(context)), ready)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def split(of: Subject, num_ranks: int) -> Iterator[Ours]:
         engine.run()
 
 
-def theirs(ready: host.Prepared) -> Any:
+def theirs(ready: rank.Prepared) -> Any:
     """Hugging Face's model of the same weights, on the same device. Raises: SettingsError where it is not installed."""
     return peer.hugging_face(ready.config, ready.checkpoint, ready.device, ready.dtype)
 
