@@ -48,13 +48,13 @@ class Pages:
             self._taking.start()  # it holds the pools while it runs, no longer
 
     def _take(self, first: int, last: int) -> None:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread's alone
-        for address, size in self._stretches(first, last):
-            if _populate(address, size):
-                continue
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread's alone
+            for address, size in self._stretches(first, last):
+                _populate(address, size)
+        except OSError as e:
             self._may = False
-            log.debug("pages of the cache are taken when they are first written: %s", os.strerror(ctypes.get_errno()))
-            return
+            log.debug("pages of the cache are taken when they are first written: %s", e.strerror)
 
     def _stretches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Addresses and sizes, the lowest blocks of all pools first."""
@@ -68,11 +68,11 @@ class Pages:
                     yield start, end - start
 
 
-def _populate(address: int, size: int) -> bool:
-    """Have these pages there, with what is in them; whether the kernel did."""
+def _populate(address: int, size: int) -> None:
+    """Have these pages there, with what is in them. Raises: OSError where the kernel cannot."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     while madvise(address, size, _POPULATE_WRITE):
-        if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
-            return False
-    return True
+        why = ctypes.get_errno()
+        if why not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(why, os.strerror(why))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import sys
 
@@ -56,7 +57,12 @@ def test_they_stay_ahead_of_the_highest_block_in_use_and_end_with_the_pool() -> 
 
 def test_where_the_kernel_cannot_it_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(pages, "_populate", lambda *_: bool(asked.append(1)))
+
+    def refuse(address: int, size: int) -> None:
+        asked.append(address)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(pages, "_populate", refuse)
     ahead = Pages([pool(), pool()], ahead=128)
     until(lambda: bool(asked), "the question", 10)
     ahead.reach(BLOCKS - 1)
