@@ -46,7 +46,9 @@ class Adapter:
 
     def __init__(self, model_dir: str, precision: str, threads: int, opts: Mapping[str, str]) -> None:
         assert not opts
-        self._engine = ours(subject(None, Path(model_dir), Settings(dtype=precision, threads=threads))).engine
+        # no prompt is asked twice, and no rival keeps any
+        settings = Settings(dtype=precision, threads=threads, prefix_cache=False)
+        self._engine = ours(subject(None, Path(model_dir), settings)).engine
 
     def info(self) -> dict[str, str]:
         """Versions."""

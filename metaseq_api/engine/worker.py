@@ -59,7 +59,6 @@ class Worker:
         if self._decode is not None and self._decode.takes(batch):
             yield self._decode.run(batch)
             return
-        self.cache.pages.reach(max(i.block_ids[-1] for i in batch.items))
         step = plan(batch, self.cache, self.model.context.device, self._kernel)
         if self._drawn is not None and any(i.token_ids[-1] < 0 for i in batch.items):
             step = replace(step, token_ids_T=known(step.token_ids_T, self._drawn))

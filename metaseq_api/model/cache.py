@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import ModelConfig
-from metaseq_api.model.pages import Pages
 from metaseq_api.parallel.context import ParallelContext
-
-TOKENS_AHEAD = 4096
-"""For so many more the pages of a CPU's cache are taken ahead (`Pages`)."""
 
 
 class KVCache:
@@ -32,7 +28,6 @@ class KVCache:
         shape = (num_blocks, self.num_heads, block_size, config.head_dim)
         self.keys = [_zeros(shape, dtype, context.device) for _ in range(config.num_layers)]
         self.values = [_zeros(shape, dtype, context.device) for _ in range(config.num_layers)]
-        self.pages = Pages([*self.keys, *self.values], -(-TOKENS_AHEAD // block_size))
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, tensor_size: int, dtype: torch.dtype, block_size: int) -> int:
@@ -59,8 +54,8 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, since unwritten slots are multiplied by a weight of zero and must not hold NaN.
 
-    On a CPU the pages are the kernel's zeros, taken shortly before they are written: torch.zeros would touch them all
-    (4 GiB took 10 s at start-up, 2026-11-20).
+    On a CPU the pages are the kernel's zeros, taken when first written: torch.zeros would touch them all (4 GiB took
+    10 s at start-up, 2026-11-20).
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -17,7 +17,7 @@ from metaseq_api.settings import Settings
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 4 * GIB
-"""What the cache takes of a CPU rank's memory unless constants.py says otherwise; pages are taken a little ahead."""
+"""What the cache takes of a CPU rank's memory unless constants.py says otherwise; pages are taken when first used."""
 GPU_SHARE = 0.9
 """Share of a GPU's free memory that weights and cache may take; the rest is for activations and the allocator."""
 
