@@ -102,7 +102,7 @@ bench: $(BIN)/.test  # a quarter of an hour or two on two cores, with 24 GB of m
 	$(BENCH) page $(RUNS) docs/performance.md
 
 RIVALS = $(BENCH) rivals --harness $(HARNESS) --work $(WORK)
-bench-rivals: $(BIN)/.test  # an hour on two cores; the harness's own set-up comes first, and takes 12 GB
+bench-rivals: $(BIN)/.test  # forty minutes on two cores; the harness's own set-up comes first, and takes 12 GB
 	$(RIVALS) --shape opt-125m --dtype bf16 --rivals ov vllm hf --serving vllm --json $(RUNS)/rivals-125m-bf16.json
 	$(RIVALS) --shape opt-125m --dtype fp32 --rivals ov vllm ct2 hf --serving vllm --rounds 2 --json $(RUNS)/rivals-125m-fp32.json
 	$(RIVALS) --shape opt-1.3b --dtype bf16 --rivals ov vllm --rounds 2 --json $(RUNS)/rivals-1.3b-bf16.json

@@ -1,15 +1,20 @@
-"""Other servers on the same work in turns with us: a harness (run_peers.py) that has an adapter for each runs them all.
+"""Other servers on the same work in turns with us, by the adapters of a harness that has one for each.
 
-`Adapter` is ours. Knows how the harness is called, and what it writes. Does not know what a rival is, or how it is run.
+`Adapter` is ours. Knows how a contender is run and asked, and how the harness measures a server. Does not know what a
+rival is.
 
-The harness is a folder with run_peers.py, worker.py and adapters/; its --work folder holds the models, one virtual
-environment for each rival, and what was measured. It is copied, and our adapter put in, before it runs.
+The harness is a folder with adapters/, workload.py (the prompts) and run_peers.py (the client of servers); its --work
+folder holds the models and one virtual environment for each rival. It is copied, and our adapter put in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,26 +22,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import torch
 
 from metaseq_api import __version__
+from metaseq_api.bench import contender, limits
 from metaseq_api.bench.figures import Row, shown
 from metaseq_api.bench.gpu_speed import answer
 from metaseq_api.bench.subject import ours, subject
 from metaseq_api.errors import SettingsError
+from metaseq_api.machine import num_cores
 from metaseq_api.settings import Settings
 
 US = "ours"
 NAMES = {US: "ours", "ov": "OpenVINO GenAI", "vllm": "vLLM", "ct2": "CTranslate2", "hf": "Hugging Face"}
 METRICS = {
-    "decode_tps": "one stream: decode",
-    "prefill_tps": "prefill of 1024",
-    "batch_tps": "32 at once: output",
-    "http_c16_stream_tps": "through HTTP, 16 streams: output",
+    "prefill": "prefill of 1024",
+    "decode": "one stream: decode",
+    "batch": "32 at once, prompts of 64-256 + 64: output",
 }
+ROUND = ("prefill", "prefill", "prefill", "decode", "decode", "batch")
+"""What everybody does in turn, in each round."""
+HTTP = "http_c16_stream_tps"
+OVER_HTTP = "through HTTP, 16 streams: output"
 _VERSIONS = {"vllm": "vllm", "ov": "genai", "ct2": "ctranslate2", "hf": "transformers"}
+PATIENCE_S = 30.0
 _ADAPTER = "from metaseq_api.bench.rivals import Adapter\n"
 _SERVER = "{venv}/bin/python -m metaseq_api.cli.interactive_hosted {model} --port {port} --no-prefix-cache --dtype "
 
@@ -76,7 +88,7 @@ class Asked:
 class Found:
     """versions: by side. same: of the first eight greedy tokens after one prompt, how many are ours, by side.
 
-    bandwidth: what the harness reads before each run. Units: GB/s.
+    bandwidth: what was read before each round. Units: GB/s.
     """
 
     rows: list[Row]
@@ -85,51 +97,116 @@ class Found:
     bandwidth: list[float]
 
     def told(self) -> str:
-        if not self.bandwidth:
-            return "nobody could be loaded; the harness's words are above"
-        who = [f"{NAMES[s]} {v} ({self.same.get(s, 0)} of 8 greedy tokens are ours)" for s, v in self.versions.items()]
-        read = f"the harness read {shown(min(self.bandwidth))}-{shown(max(self.bandwidth))} GB/s before its runs"
+        who = [f"{NAMES[s]} {v} ({self.same[s]} of 8 greedy tokens are ours)" for s, v in self.versions.items()]
+        read = f"{shown(min(self.bandwidth))}-{shown(max(self.bandwidth))} GB/s were read before the rounds"
         return "; ".join([*who, read])
 
 
 def measure(asked: Asked, say: Callable[[str], object]) -> Found:
-    """Everybody in turns. Raises: SettingsError where the harness cannot run."""
+    """Everybody in turns. Raises: SettingsError where the harness, or somebody in it, cannot run."""
     for path in (asked.harness / "run_peers.py", asked.work / "models" / f"opt-{asked.model}-rand" / "config.json"):
         if not path.is_file():
             raise SettingsError(f"{path} is not there; --harness and --work name the harness and its work folder")
+    with _harness(asked) as harness:
+        found = _in_turns(asked, harness, say)
+        if asked.serving:
+            found.rows.append(_over_http(asked, harness, say))
+    return found
+
+
+def _in_turns(asked: Asked, harness: Path, say: Callable[[str], object]) -> Found:
+    """All stay loaded, and each does one piece of work after the other: a virtual machine's speed changes by a third
+    within a minute, and so it changes for all."""
+    rows = {metric: Row(what=what, unit="tokens/s") for metric, what in METRICS.items()}
+    bandwidths, cpu = list[float](), torch.device("cpu")
+    with contextlib.ExitStack() as stack:
+        ready, everyone = dict[str, Any](), dict[str, _Contender]()
+        for side in (US, *asked.rivals):
+            everyone[side] = stack.enter_context(_Contender(asked, harness, side))
+            ready[side] = everyone[side].hear()
+            say(f"{NAMES[side]} is ready")
+        for number in range(asked.rounds):
+            bandwidths.append(limits.bandwidth(cpu) / 1e9)
+            for turn, metric in enumerate(ROUND):
+                for side in list(everyone)[:: -1 if turn % 2 else 1]:
+                    rows[metric].add(side, everyone[side].work(metric, f"{number}.{turn}"))
+                say(f"round {number + 1} of {asked.rounds}: {METRICS[metric]}")
+    versions = {s: str(ready[s]["info"].get(_VERSIONS[s], "unknown")) for s in asked.rivals}
+    ours = ready[US]["first"]
+    same = {s: sum(a == b for a, b in zip(ours, ready[s]["first"], strict=True)) for s in asked.rivals}
+    return Found(rows=list(rows.values()), versions=versions, same=same, bandwidth=bandwidths)
+
+
+class _Contender:
+    """One of them, in a process of its own (`contender`)."""
+
+    def __init__(self, asked: Asked, harness: Path, side: str) -> None:
+        python = sys.executable if side == US else str(asked.work / "venv" / side / "bin" / "python")
+        model = asked.work / "models" / f"opt-{asked.model}-rand"
+        command = [python, str(harness / "contender.py"), side, asked.dtype, str(model), str(num_cores())]
+        self._log = asked.work / "logs" / f"{side}-{asked.model}-{asked.dtype}.log"
+        self._log.parent.mkdir(exist_ok=True)
+        self._side = side
+        with self._log.open("w") as log:
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=PIPE, stdout=PIPE, stderr=log, text=True, cwd=harness, start_new_session=True
+                )
+            except OSError as e:
+                raise SettingsError(f"{python} cannot be run ({e.strerror}); the harness's set-up makes it") from e
+
+    def hear(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SettingsError(f"{NAMES[self._side]} ended with code {self._process.wait()}; {self._log} says why")
+        return json.loads(line)
+
+    def work(self, metric: str, turn: str) -> float:
+        """Units: tokens/s."""
+        print(metric, turn, file=self._process.stdin, flush=True)
+        return float(self.hear())
+
+    def __enter__(self) -> _Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def _over_http(asked: Asked, harness: Path, say: Callable[[str], object]) -> Row:
+    """Servers one after the other, by the harness's own client; round by round."""
     results = asked.work / f"results-{asked.model}-{asked.dtype}.jsonl"
     results.write_text("")
-    with _harness(asked) as command:
-        everyone = (US, *asked.rivals)
-        _run([*command("run", everyone, results), "--metrics", "decode,prefill,batch"], say)
-        if asked.serving:
-            server = f"{US}={_SERVER}{asked.dtype}"
-            _run([*command("serve", (US, *asked.serving), results), "--server-cmd", server], say)
-    return read(results.read_text().splitlines())
-
-
-def read(lines: Sequence[str]) -> Found:
-    """What the harness wrote; values that another program disturbed were measured again, and only the last counts."""
-    found: dict[tuple[str, str, int, int], float] = {}
-    versions, bandwidth = dict[str, str](), list[float]()
-    first: dict[str, list[int]] = {}
-    for num, line in enumerate(lines):
-        said = json.loads(line)
-        peer = said.get("config", "").partition(":")[0]
-        if said.get("metric") in METRICS:
-            again = said.get("rep", num)  # over HTTP nothing is measured again
-            found[said["metric"], peer, said["round"], again] = said["value"]
-        elif said.get("event") == "loaded":
-            bandwidth.append(said["membw"])
-            if peer in _VERSIONS:
-                versions[peer] = str(said["info"].get(_VERSIONS[peer], "unknown"))
-        elif said.get("event") == "check":
-            first[peer] = said["first8"]
-    rows = {metric: Row(what=what, unit="tokens/s") for metric, what in METRICS.items()}
-    for (metric, peer, *_), value in found.items():
-        rows[metric].add(peer, value)
-    same = {s: sum(a == b for a, b in zip(first.get(US, []), first[s], strict=False)) for s in first if s != US}
-    return Found(rows=[row for row in rows.values() if row.values], versions=versions, same=same, bandwidth=bandwidth)
+    flags: dict[str, Any] = {
+        "--work": asked.work,
+        "--results": results.name,
+        "--models": asked.model,
+        "--configs": ",".join(f"{side}:{asked.dtype}" for side in (US, *asked.serving)),
+        "--rounds": asked.rounds,
+        "--python": f"{US}={sys.executable}",
+        "--server-cmd": f"{US}={_SERVER}{asked.dtype}",
+    }
+    command = [sys.executable, str(harness / "run_peers.py"), "serve", *(str(x) for f in flags.items() for x in f)]
+    with subprocess.Popen(command, stdout=PIPE, text=True) as process:
+        for line in process.stdout or ():
+            say(line.rstrip())
+    if process.returncode:
+        raise SettingsError(f"the harness failed with code {process.returncode}; its words are above")
+    row = Row(what=OVER_HTTP, unit="tokens/s")
+    for said in map(json.loads, results.read_text().splitlines()):
+        if said.get("metric") == HTTP:
+            row.add(said["config"].partition(":")[0], said["value"])
+    return row
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -141,40 +218,25 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         for side in sides:
             of = row.values.get(side)
             line.append(f"{shown(row.median(side))} ({shown(min(of))}-{shown(max(of))})" if of else "-")
-        best = max((row.median(side) for side in row.values if side != US), default=0.0)
-        line.append(f"{row.median(US) / best:.2f}" if US in row.values and best else "-")
+        ratios = [_ratio(row, side) for side in row.values if side != US]
+        line.append(f"{min(ratios):.2f}" if US in row.values and ratios else "-")
         lines.append(line)
     return lines
 
 
+def _ratio(row: Row, side: str) -> float:
+    """Ours over another's, turn by turn; the median of that."""
+    return statistics.median(ours / its for ours, its in zip(row.values[US], row.values[side], strict=False))
+
+
 @contextmanager
-def _harness(asked: Asked) -> Iterator[Callable[[str, Sequence[str], Path], list[str]]]:
-    """A copy that knows us: the beginning of a command, from its word, the sides and where to write."""
+def _harness(asked: Asked) -> Iterator[Path]:
+    """A copy that knows us."""
     with tempfile.TemporaryDirectory(prefix="metaseq-api-rivals-") as scratch:
         copy = Path(scratch, "harness")
         shutil.copytree(asked.harness, copy)
         copy.chmod(0o755)
         (copy / "adapters").chmod(0o755)
         (copy / "adapters" / f"{US}.py").write_text(_ADAPTER)
-
-        def command(word: str, sides: Sequence[str], results: Path) -> list[str]:
-            flags: dict[str, Any] = {
-                "--work": asked.work,
-                "--results": results.name,
-                "--models": asked.model,
-                "--configs": ",".join(f"{side}:{asked.dtype}" for side in sides),
-                "--rounds": asked.rounds,
-                "--python": f"{US}={sys.executable}",
-            }
-            told = [str(part) for flag in flags.items() for part in flag]
-            return [sys.executable, str(copy / "run_peers.py"), word, *told]
-
-        yield command
-
-
-def _run(command: Sequence[str], say: Callable[[str], object]) -> None:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            say(line.rstrip())
-    if process.returncode:
-        raise SettingsError(f"the harness failed with code {process.returncode}; its words are above")
+        shutil.copy(contender.__file__, copy)
+        yield copy

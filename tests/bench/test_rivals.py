@@ -1,87 +1,128 @@
-"""The harness that runs other servers: how it is called, what is read of what it writes, and our adapter in it.
+"""Rivals in turns: how contenders are run and asked, how the harness measures servers, and our adapter.
 
-The harness here is a stand-in of a few lines: real rivals take gigabytes and an hour.
+The harness and all in it are stand-ins of a few lines here: real rivals take gigabytes and an hour.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from metaseq_api.bench.rivals import Adapter, Asked, cells, measure, read
+from metaseq_api.bench import rivals
+from metaseq_api.bench.figures import Row
+from metaseq_api.bench.rivals import Adapter, Asked, cells, measure
 from metaseq_api.errors import SettingsError
 from metaseq_api.settings import DEMO
 
-HARNESS = """
+ADAPTER = """
+import pathlib, time
+
+now = 0.0
+time.perf_counter = lambda: now
+
+class Adapter:
+    def __init__(self, model, precision, threads, opts):
+        assert pathlib.Path(model, "config.json").is_file() and precision == "bf16" and threads > 0
+        print("a library greets")
+
+    def info(self):
+        return {"genai": "2026.4", "transformers": "5"}
+
+    def generate(self, prompts, num):
+        global now
+        now += EACH * num
+        return [[ID] * num for _ in prompts]
+"""
+WORKLOAD = """
+def prompt(num, seed):
+    return [2] * num
+
+def batch(num, rep):
+    return [prompt(100, rep) for _ in range(num)]
+"""
+SERVE = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert sys.argv[1] == "serve" and "interactive_hosted" in flags["--server-cmd"]
 out = pathlib.Path(flags["--work"], flags["--results"])
-assert "Adapter" in pathlib.Path(__file__).with_name("adapters").joinpath("ours.py").read_text()
-metric = {"run": "decode_tps", "serve": "http_c16_stream_tps"}[sys.argv[1]]
 with out.open("a") as f:
     for round in range(int(flags["--rounds"])):
         for config in flags["--configs"].split(","):
             print(f"round {round} {config}")
-            for value in (1.0, 10.0 * (round + 1) + len(config)) if sys.argv[1] == "run" else (5.0, 7.0):
-                told = {"config": config, "round": round, "metric": metric, "value": value}
-                f.write(json.dumps(told | ({"rep": round} if sys.argv[1] == "run" else {})) + "\\n")
+            for metric, value in (("http_c16_stream_tps", 5.0 * len(config) + round), ("other", 1.0)):
+                f.write(json.dumps({"config": config, "round": round, "metric": metric, "value": value}) + "\\n")
 """
 
 
+def stand_in(each: float, token: int) -> str:
+    """An adapter that takes so many seconds for a token of all prompts, by a clock of its own."""
+    return ADAPTER.replace("EACH", str(each)).replace("ID", str(token))
+
+
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
-    (tmp_path / "harness" / "adapters").mkdir(parents=True)
-    (tmp_path / "harness" / "run_peers.py").write_text(HARNESS)
-    model = tmp_path / "work" / "models" / "opt-125m-rand"
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    harness, work = tmp_path / "harness", tmp_path / "work"
+    (harness / "adapters").mkdir(parents=True)
+    (harness / "run_peers.py").write_text(SERVE)
+    (harness / "workload.py").write_text(WORKLOAD)
+    for side, each, token in (("ov", 0.002, 7), ("hf", 0.004, 8)):
+        (harness / "adapters" / f"{side}.py").write_text(stand_in(each, token))
+        python = work / "venv" / side / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+    monkeypatch.setattr(rivals, "_ADAPTER", stand_in(0.001, 7))
+    model = work / "models" / "opt-125m-rand"
     model.mkdir(parents=True)
     (model / "config.json").touch()
     return Asked(
-        harness=tmp_path / "harness",
-        work=tmp_path / "work",
-        model="125m",
-        dtype="bf16",
-        rivals=("ov", "hf"),
-        serving=("vllm",),
-        rounds=2,
+        harness=harness, work=work, model="125m", dtype="bf16", rivals=("ov", "hf"), serving=("vllm",), rounds=2
     )
 
 
-def test_everybody_is_measured_in_turns_and_the_last_of_what_was_repeated_counts(asked: Asked) -> None:
-    (asked.work / "results-125m-bf16.jsonl").write_text("what another run left")
+def test_everybody_stays_loaded_and_works_in_turns(asked: Asked) -> None:
     said: list[str] = []
     found = measure(asked, lambda line: said.append(str(line)))
-    assert said[:3] == ["round 0 ours:bf16", "round 0 ov:bf16", "round 0 hf:bf16"]
-    decode, http = found.rows
-    assert decode.values == {"ours": [19.0, 29.0], "ov": [17.0, 27.0], "hf": [17.0, 27.0]}
-    assert http.values == {"ours": [5.0, 7.0, 5.0, 7.0], "vllm": [5.0, 7.0, 5.0, 7.0]}
-    assert cells(found.rows)[1] == [
-        "one stream: decode",
-        "24.0 (19.0-29.0)",
-        "22.0 (17.0-27.0)",
-        "-",
-        *["22.0 (17.0-27.0)", "1.09"],
+    assert said == [
+        *("ours is ready", "OpenVINO GenAI is ready", "Hugging Face is ready"),
+        *[f"round {n} of 2: {rivals.METRICS[metric]}" for n in (1, 2) for metric in rivals.ROUND],
+        *("round 0 ours:bf16", "round 0 vllm:bf16", "round 1 ours:bf16", "round 1 vllm:bf16"),
     ]
-    assert not list((asked.harness / "adapters").iterdir()), "the harness itself is left alone"
-
-
-def test_versions_and_whether_the_texts_agree_are_told() -> None:
-    lines: list[dict[str, object]] = [
-        {"config": "ours:bf16", "event": "check", "first8": [1, 2, 3]},
-        {"config": "ov:bf16", "event": "loaded", "membw": 20.0, "info": {"genai": "2026.4"}},
-        {"config": "ov:bf16", "event": "check", "first8": [1, 2, 4]},
-        {"config": "hf:bf16", "event": "loaded", "membw": 25.0, "info": {"transformers": "5"}},
-    ]
-    told = read([json.dumps(line) for line in lines]).told()
-    assert "OpenVINO GenAI 2026.4 (2 of 8 greedy tokens are ours)" in told
+    prefill, decode, batch, http = found.rows
+    speeds = {"ours": 1000.0, "ov": 500.0, "hf": 250.0}
+    for row, num, factor in ((prefill, 6, 1024), (decode, 4, 1), (batch, 2, 32)):
+        assert {s: len(of) for s, of in row.values.items()} == dict.fromkeys(speeds, num)
+        assert {s: row.median(s) for s in speeds} == {s: pytest.approx(factor * v) for s, v in speeds.items()}
+    assert http.values == {"ours": [45.0, 46.0], "vllm": [45.0, 46.0]}
+    told = found.told()
+    assert "OpenVINO GenAI 2026.4 (8 of 8 greedy tokens are ours)" in told
     assert "Hugging Face 5 (0 of 8" in told
-    assert "20.0-25.0 GB/s" in told
+    assert sorted(p.name for p in (asked.harness / "adapters").iterdir()) == ["hf.py", "ov.py"], "it is left alone"
 
 
-def test_a_harness_that_is_not_there_or_fails_is_named(asked: Asked, tmp_path: Path) -> None:
+def test_a_ratio_is_the_median_of_those_of_each_turn() -> None:
+    row = Row(what="decode", unit="tokens/s")
+    for slow, ours, ov in ((1, 30, 20), (1, 30, 20), (5, 20, 10)):  # the last time all were slower
+        row.add("ours", ours / slow)
+        row.add("ov", ov / slow)
+        row.add("hf", 1.0)
+    assert cells([row]) == [
+        ["tokens/s", "ours", "OpenVINO GenAI", "Hugging Face", "ours / best rival"],
+        ["decode", "30.0 (4.00-30.0)", "20.0 (2.00-20.0)", "1.00 (1.00-1.00)", "1.50"],
+    ]
+
+
+def test_who_cannot_be_run_or_fails_is_named(asked: Asked) -> None:
     (asked.harness / "run_peers.py").write_text("raise SystemExit(3)")
     with pytest.raises(SettingsError, match="failed with code 3"):
+        measure(asked, lambda line: None)
+    (asked.harness / "adapters" / "hf.py").write_text("raise ValueError('no such model')")
+    with pytest.raises(SettingsError, match=r"Hugging Face ended with code 1; .*/logs/hf-125m-bf16\.log says why"):
+        measure(asked, lambda line: None)
+    assert "no such model" in (asked.work / "logs" / "hf-125m-bf16.log").read_text()
+    (asked.work / "venv" / "ov" / "bin" / "python").unlink()
+    with pytest.raises(SettingsError, match=r"venv/ov/bin/python cannot be run \(No such file or directory\)"):
         measure(asked, lambda line: None)
     (asked.harness / "run_peers.py").unlink()
     with pytest.raises(SettingsError, match=r"run_peers\.py is not there; --harness and --work"):
