@@ -5,7 +5,7 @@
 It makes its app and its tokenizer while rank 0 still loads, listens when told, and ends when told, or when rank 0 has
 gone. No torch is loaded here, and no signal ends it: rank 0 hears them and says what to do.
 
-Puts `server` and the tokenizer together, as `host` does a rank; holds no logic of theirs.
+Puts `server` and the tokenizer together, as `rank` does a rank; holds no logic of theirs.
 """
 
 from __future__ import annotations

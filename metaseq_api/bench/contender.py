@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from typing import Any
 
 PROMPT, LONG, MANY, NEW = 128, 1024, 32, 64
@@ -60,6 +61,7 @@ def main(peer: str, dtype: str, model: str, threads: str) -> None:
     def say(told: object) -> None:
         print(json.dumps(told), file=out, flush=True)
 
+    sys.excepthook = _fail
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     adapter = importlib.import_module(f"adapters.{peer}").Adapter(model, dtype, int(threads), {})
     contender = Contender(adapter, importlib.import_module("workload"))
@@ -69,6 +71,11 @@ def main(peer: str, dtype: str, model: str, threads: str) -> None:
     if hasattr(adapter, "close"):
         adapter.close()
     os._exit(0)  # no library's thread may hold it
+
+
+def _fail(*raised: Any) -> None:
+    traceback.print_exception(*raised)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -98,14 +98,14 @@ def _load(p: argparse.ArgumentParser) -> None:
 
 
 def _rivals(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--harness", type=Path, required=True, metavar="DIR", help="run_peers.py and its adapters")
+    p.add_argument("--harness", type=Path, required=True, metavar="DIR", help="adapters, workload.py and run_peers.py")
     p.add_argument("--work", type=Path, required=True, metavar="DIR", help="its models and environments")
     p.add_argument("--shape", choices=("opt-125m", "opt-1.3b"), default="opt-125m", help="default: opt-125m")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="default: bf16")
     known = sorted(NAMES.keys() - {US})
     p.add_argument("--rivals", choices=known, nargs="+", default=["ov", "vllm", "hf"], help="default: ov vllm hf")
     p.add_argument("--serving", choices=["vllm"], nargs="*", default=[], help="asked through HTTP too (default: none)")
-    p.add_argument("--rounds", type=_count, default=3, help="of which the median is shown (default: 3)")
+    p.add_argument("--rounds", type=_count, default=3, help="of three, two and one turns (default: 3)")
     _kept(p)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import statistics
@@ -54,7 +55,7 @@ _SERVER = "{venv}/bin/python -m metaseq_api.cli.interactive_hosted {model} --por
 
 
 class Adapter:
-    """What the harness calls in a process of its own: our engine without HTTP, on the weights that everybody gets."""
+    """What `contender` calls in a process of its own: our engine without HTTP, on the weights that everybody gets."""
 
     def __init__(self, model_dir: str, precision: str, threads: int, opts: Mapping[str, str]) -> None:
         assert not opts
@@ -128,7 +129,7 @@ def _in_turns(asked: Asked, harness: Path, say: Callable[[str], object]) -> Foun
         for number in range(asked.rounds):
             bandwidths.append(limits.bandwidth(cpu) / 1e9)
             for turn, metric in enumerate(ROUND):
-                for side in list(everyone)[:: -1 if turn % 2 else 1]:
+                for side in list(everyone)[:: -1 if (number + turn) % 2 else 1]:
                     rows[metric].add(side, everyone[side].work(metric, f"{number}.{turn}"))
                 say(f"round {number + 1} of {asked.rounds}: {METRICS[metric]}")
     versions = {s: str(ready[s]["info"].get(_VERSIONS[s], "unknown")) for s in asked.rivals}
@@ -157,14 +158,23 @@ class _Contender:
 
     def hear(self) -> Any:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline() if self._speaks() else ""
         if not line:
             raise SettingsError(f"{NAMES[self._side]} ended with code {self._process.wait()}; {self._log} says why")
         return json.loads(line)
 
+    def _speaks(self) -> bool:
+        """Wait until it says something or closes its end, which a child of its own may keep open when it is gone."""
+        assert self._process.stdout is not None
+        while not select.select([self._process.stdout], [], [], 1.0)[0]:
+            if self._process.poll() is not None:
+                return False
+        return True
+
     def work(self, metric: str, turn: str) -> float:
         """Units: tokens/s."""
-        print(metric, turn, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is heard
+            print(metric, turn, file=self._process.stdin, flush=True)
         return float(self.hear())
 
     def __enter__(self) -> _Contender:
@@ -202,10 +212,18 @@ def _over_http(asked: Asked, harness: Path, say: Callable[[str], object]) -> Row
             say(line.rstrip())
     if process.returncode:
         raise SettingsError(f"the harness failed with code {process.returncode}; its words are above")
-    row = Row(what=OVER_HTTP, unit="tokens/s")
+    rounds: dict[int, dict[str, list[float]]] = {}
     for said in map(json.loads, results.read_text().splitlines()):
         if said.get("metric") == HTTP:
-            row.add(said["config"].partition(":")[0], said["value"])
+            of = rounds.setdefault(said["round"], {})
+            of.setdefault(said["config"].partition(":")[0], []).append(said["value"])
+    row = Row(what=OVER_HTTP, unit="tokens/s")
+    for of in rounds.values():
+        if of.keys() >= {US, *asked.serving}:
+            for side, values in of.items():
+                row.add(side, statistics.median(values))
+    if not row.values:
+        raise SettingsError("there is no round in which every server answered; the harness's words are above")
     return row
 
 
@@ -219,14 +237,14 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             of = row.values.get(side)
             line.append(f"{shown(row.median(side))} ({shown(min(of))}-{shown(max(of))})" if of else "-")
         ratios = [_ratio(row, side) for side in row.values if side != US]
-        line.append(f"{min(ratios):.2f}" if US in row.values and ratios else "-")
+        line.append(f"{min(ratios):.2f}" if ratios else "-")
         lines.append(line)
     return lines
 
 
 def _ratio(row: Row, side: str) -> float:
     """Ours over another's, turn by turn; the median of that."""
-    return statistics.median(ours / its for ours, its in zip(row.values[US], row.values[side], strict=False))
+    return statistics.median(ours / its for ours, its in zip(row.values[US], row.values[side], strict=True))
 
 
 @contextmanager

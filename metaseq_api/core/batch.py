@@ -53,7 +53,10 @@ class Batch:
         return sum(len(i.token_ids) for i in self.items)
 
     def pack(self) -> array[int]:
-        """As 32-bit integers: per item start, num_logits, num_prompt, the two lengths, then tokens and blocks."""
+        """As 32-bit integers: per item start, num_logits, num_prompt, the two lengths, then tokens and blocks.
+
+        kernels/cpu/plan.c reads the same.
+        """
         out = array("i", [len(self.items)])
         for i in self.items:
             out.extend((i.start, i.num_logits, i.num_prompt, len(i.token_ids), len(i.block_ids)))

@@ -24,60 +24,13 @@ import torch
 from torch import Tensor
 
 from metaseq_api.kernels.compiling import SCRATCH, compiled
+from metaseq_api.kernels.structs import Stack, Step
 
 log = logging.getLogger(__name__)
 
 INPUTS = 32
 """A packed weight's inputs are a multiple of it, and so is the width of a head whose prompts are attended here."""
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-
-
-class Step(ctypes.Structure):
-    """`step` of cpu/step.h: where a step's tokens go, and what they attend to, as addresses of 32-bit integers."""
-
-    _fields_ = (
-        *((name, _ADDRESS) for name in ("words", "block_T", "offset_T")),
-        *((name, _ADDRESS) for name in ("row_B", "context_B", "table_B")),
-        *((name, _ADDRESS) for name in ("begin_P", "end_P", "start_P", "table_P")),
-        *((name, _LONG) for name in ("num_tokens", "num_single", "num_pieces", "heads", "dim", "size", "stride")),
-        ("scale", ctypes.c_float),
-        ("threads", _INT),
-    )
-
-
-class Layer(ctypes.Structure):
-    """`layer` of cpu/layers.c, as addresses: each a weight (packed, of a linear layer) and its bias, or null."""
-
-    PARTS = ("before", "qkv", "out", "middle", "fc1", "fc2")
-    _fields_ = (
-        *((f"{part}_{leaf}", _ADDRESS) for part in PARTS for leaf in ("weight", "bias")),
-        ("keys", _ADDRESS),
-        ("values", _ADDRESS),
-    )
-
-
-class Ranks(ctypes.Structure):
-    """`ranks` of cpu/ranks.h: the memory that this machine's ranks sum through (`parallel.shared`)."""
-
-    _fields_ = (
-        *((name, _ADDRESS) for name in ("words", "slots")),
-        ("count", ctypes.c_uint64),
-        ("slot", _LONG),
-        *((name, _INT) for name in ("rank", "num_ranks", "looks")),
-    )
-
-
-class Stack(ctypes.Structure):
-    """`stack` of cpu/layers.c: what all halves of all layers have in common."""
-
-    _fields_ = (
-        ("step", ctypes.POINTER(Step)),
-        ("ranks", ctypes.POINTER(Ranks)),
-        ("layers", ctypes.POINTER(Layer)),
-        *((name, _LONG) for name in ("num_layers", "width", "ffn")),
-        ("eps", ctypes.c_float),
-        *((name, _INT) for name in ("pre_norm", "residual", "bytes")),
-    )
 
 
 class Native:

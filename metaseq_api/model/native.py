@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaseq_api.core import Batch, BatchItem
-from metaseq_api.kernels.native import INPUTS, Native, Step
+from metaseq_api.core import Batch
+from metaseq_api.kernels.native import INPUTS, Native
+from metaseq_api.kernels.structs import Step
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.prefill import Prefill, attend_prefill, plan_prefill
 
@@ -67,23 +68,21 @@ def plan_native(batch: Batch, cache: KVCache, native: Native) -> NativePlan:
 
 def _prefills(batch: Batch, cache: KVCache) -> tuple[Prefill, ...]:
     """The prompts' share of a step, for torch's kernel."""
-    found, first = [], 0
+    found, first, keys = [], 0, cache.keys[0]
     for item in batch.items:
         if item.num_prompt:
-            found.append(_prefill(item, first, cache))
+            found.append(
+                plan_prefill(
+                    begin=first,
+                    end=first + item.num_prompt,
+                    start=item.start,
+                    block_ids=item.block_ids[: -(-(item.start + item.num_prompt) // cache.block_size)],
+                    dtype=keys.dtype,
+                    device=keys.device,
+                )
+            )
         first += item.num_tokens
     return tuple(found)
-
-
-def _prefill(item: BatchItem, first: int, cache: KVCache) -> Prefill:
-    return plan_prefill(
-        begin=first,
-        end=first + item.num_prompt,
-        start=item.start,
-        block_ids=item.block_ids[: -(-(item.start + item.num_prompt) // cache.block_size)],
-        dtype=cache.keys[0].dtype,
-        device=cache.keys[0].device,
-    )
 
 
 def attend_native(

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import ModelConfig
-from metaseq_api.kernels.native import Layer, Native
-from metaseq_api.kernels.native import Stack as Addresses
+from metaseq_api.kernels.native import Native
+from metaseq_api.kernels.structs import Layer
+from metaseq_api.kernels.structs import Stack as Addresses
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.native import NativePlan
 from metaseq_api.parallel.context import ParallelContext

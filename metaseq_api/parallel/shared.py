@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from metaseq_api.kernels.native import Ranks
+from metaseq_api.kernels.structs import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -35,6 +35,10 @@ class Adapter:
         now += EACH * num
         return [[ID] * num for _ in prompts]
 """
+THREAD = """
+import threading
+threading.Thread(target=threading.Event().wait).start()  # as a library might leave one
+"""
 WORKLOAD = """
 def prompt(num, seed):
     return [2] * num
@@ -117,6 +121,14 @@ def test_who_cannot_be_run_or_fails_is_named(asked: Asked) -> None:
     (asked.harness / "run_peers.py").write_text("raise SystemExit(3)")
     with pytest.raises(SettingsError, match="failed with code 3"):
         measure(asked, lambda line: None)
+    (asked.harness / "run_peers.py").write_text("")
+    with pytest.raises(SettingsError, match="no round in which every server answered"):
+        measure(asked, lambda line: None)
+    late = stand_in(0.004, 8).replace("now += ", "assert num < 64, 'too long'; now += ")
+    (asked.harness / "adapters" / "hf.py").write_text(late + THREAD)
+    with pytest.raises(SettingsError, match="Hugging Face ended with code 1"):
+        measure(asked, lambda line: None)
+    assert "too long" in (asked.work / "logs" / "hf-125m-bf16.log").read_text()
     (asked.harness / "adapters" / "hf.py").write_text("raise ValueError('no such model')")
     with pytest.raises(SettingsError, match=r"Hugging Face ended with code 1; .*/logs/hf-125m-bf16\.log says why"):
         measure(asked, lambda line: None)

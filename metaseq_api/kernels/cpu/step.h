@@ -1,4 +1,4 @@
-/* A step as Python tells it, and the parts of a layer, which `native.py` calls one by one and `layers.c` all in a row. */
+/* A step, and the parts of a layer, which `native.py` calls one by one and `layers.c` all in a row. */
 #pragma once
 #include "cpu.h"
 
