@@ -193,8 +193,8 @@ stop() { # FOLDER
 }
 
 case ${1:-} in
-install) install_packages ;;
-install-haproxy) install_haproxy ;;
+install) (flock 9 && install_packages) 9<"$0" ;; # one at a time: of two apt-gets one fails
+install-haproxy) (flock 9 && install_haproxy) 9<"$0" ;;
 start) start "${@:2}" ;;
 stop) stop "$2" ;;
 *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
