@@ -50,6 +50,33 @@ static void lay_out(const step *s, const int32_t *table, long h, long context, c
     }
 }
 
+/* Sums [32][32] in tiles 0-3. */
+INLINE void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Left factors [32][32], rows `apart` numbers from each other, by two tiles of right ones. */
+INLINE void add_products(const bf16 *left, long apart, const bf16 *first, const bf16 *second) {
+    _tile_loadd(4, left, apart * 2);
+    _tile_loadd(5, left + 16 * apart, apart * 2);
+    _tile_loadd(6, first, 64);
+    _tile_loadd(7, second, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+INLINE void store_sums(float *to, long apart) {
+    _tile_stored(0, to, apart * 4);
+    _tile_stored(1, to + 16, apart * 4);
+    _tile_stored(2, to + 16 * apart, apart * 4);
+    _tile_stored(3, to + 16 * apart + 16, apart * 4);
+}
+
 /* 32 queries at positions [at, at + 32) of a prompt over its tokens up to there. p: scores [32][C], w: weights (bf16). */
 static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf16 *k, const bf16 *v, float *p, bf16 *w, float *out_32D) {
     long dim = s->dim, num = at + QUERIES, apart = num + APART;
@@ -57,47 +84,21 @@ static void tile_of_queries(const step *s, const bf16 *q_32D, long at, const bf1
     WRITTEN;
     for (long c = 0; c < num; c += 32) {
         const bf16 *tile = k + (c / 16) * (dim / 32) * 512;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (long d = 0; d < dim; d += 32, tile += 512) {
-            _tile_loadd(4, q_32D + d, dim * 2);
-            _tile_loadd(5, q_32D + 16 * dim + d, dim * 2);
-            _tile_loadd(6, tile, 64);
-            _tile_loadd(7, tile + (dim / 32) * 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            add_products(q_32D + d, dim, tile, tile + (dim / 32) * 512);
         }
-        _tile_stored(0, p + c, apart * 4);
-        _tile_stored(1, p + c + 16, apart * 4);
-        _tile_stored(2, p + 16 * apart + c, apart * 4);
-        _tile_stored(3, p + 16 * apart + c + 16, apart * 4);
+        store_sums(p + c, apart);
     }
     for (long r = 0; r < QUERIES; r++) whole[r] = weigh_narrow(p + r * apart, at + r + 1, num, s->scale, w + r * apart);
     WRITTEN;
     for (long d = 0; d < dim; d += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (long c = 0; c < num; c += 32) {
             const bf16 *tile = v + ((c / 32) * (dim / 16) + d / 16) * 512;
-            _tile_loadd(4, w + c, apart * 2);
-            _tile_loadd(5, w + 16 * apart + c, apart * 2);
-            _tile_loadd(6, tile, 64);
-            _tile_loadd(7, tile + 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            add_products(w + c, apart, tile, tile + 512);
         }
-        _tile_stored(0, out_32D + d, dim * 4);
-        _tile_stored(1, out_32D + d + 16, dim * 4);
-        _tile_stored(2, out_32D + 16 * dim + d, dim * 4);
-        _tile_stored(3, out_32D + 16 * dim + d + 16, dim * 4);
+        store_sums(out_32D + d, dim);
     }
     for (long r = 0; r < QUERIES; r++)
         for (long d = 0; d < dim; d++) out_32D[r * dim + d] /= whole[r];
