@@ -32,6 +32,7 @@ from metaseq_api.model.cache import KVCache
 from metaseq_api.model.memory import Plan, plan
 from metaseq_api.model.opt import OPT
 from metaseq_api.parallel.context import ParallelContext
+from metaseq_api.parallel.layers import kept_in
 from metaseq_api.progress import progress_bar
 from metaseq_api.scheduling.blocks import BlockPool
 from metaseq_api.scheduling.scheduler import Scheduler
@@ -52,6 +53,7 @@ class Prepared:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    kept: torch.dtype  # what linear layers keep their weights in
     max_seq_len: int
     memory: Plan
     threads: int
@@ -78,18 +80,21 @@ def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_chec
     )
     device = _device(settings, rank)
     dtype = DTYPES[settings.dtype or (config.dtype if device.type == "cuda" else "fp32")]
+    kept = kept_in(DTYPES[config.dtype], dtype, device)
     return Prepared(
         checkpoint=checkpoint,
         config=config,
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
+        kept=kept,
         max_seq_len=max_seq_len,
         threads=settings.threads or max(1, torch.get_num_threads() // rank.local_world_size),
         memory=plan(
             config,
             settings,
             dtype=dtype,
+            kept=kept,
             device=device,
             tensor_size=rank.world_size,
             ranks_here=rank.local_world_size,

@@ -60,13 +60,15 @@ def bandwidth(device: torch.device) -> float:
     return 2 * num / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
-def token_bytes(config: ModelConfig, dtype: torch.dtype, context_len: int, batch_size: int = 1) -> int:
-    """What one decode step of so many sequences reads. Units: bytes."""
+def token_bytes(
+    config: ModelConfig, dtype: torch.dtype, context_len: int, batch_size: int = 1, *, kept: torch.dtype | None = None
+) -> int:
+    """What one decode step of so many sequences reads, with weights `kept` in another dtype perhaps. Units: bytes."""
     rows_only = (config.max_positions + POSITION_OFFSET) * config.hidden_dim
     if not config.tied_output:
         rows_only += config.vocab_size * config.embed_dim
     cached = 2 * config.num_layers * config.hidden_dim * context_len * batch_size
-    return (config.num_params - rows_only + cached) * dtype.itemsize
+    return (config.num_params - rows_only) * (kept or dtype).itemsize + cached * dtype.itemsize
 
 
 def make_worker(config: ModelConfig, device: torch.device, dtype: torch.dtype, tokens: int, *, graphs: bool) -> Worker:

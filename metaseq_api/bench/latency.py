@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from metaseq_api.bench.figures import Row
+from metaseq_api.bench.gpu_speed import token_bytes
 from metaseq_api.bench.limits import bandwidth, share_of_bandwidth
 from metaseq_api.bench.work import Generate, prompt
 from metaseq_api.rank import Prepared
@@ -49,10 +50,11 @@ def measure(
             tries = [generate([prompt(load.prefill_len, f"b{turn}{i}")], 1).first for i in range(load.tries)]
             prefill.add(side, load.prefill_len / statistics.median(tries))
         say(f"round {turn + 1} of {load.rounds} done")
-    middle = load.prompt_len + load.new_tokens / 2
+    middle = load.prompt_len + load.new_tokens // 2
     for side, steps in each.values.items():
+        num_bytes = token_bytes(ready.config, ready.dtype, middle, kept=None if side == "hf" else ready.kept)
         for ms in steps:  # once all probes are known
-            share.add(side, share_of_bandwidth(ready.config, ready.dtype, middle, ms / 1e3, probes))
+            share.add(side, share_of_bandwidth(num_bytes, ms / 1e3, probes))
     return [first, each, rate, share, prefill], probes
 
 

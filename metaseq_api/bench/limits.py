@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from metaseq_api.bench import gpu_speed
+from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.core import ModelConfig
 from metaseq_api.parallel.context import ParallelContext
-from metaseq_api.parallel.layers import Linear
+from metaseq_api.parallel.layers import Linear, kept_in
 
 READ_BYTES = 1 << 29
 PROBE_S = 0.25
@@ -64,6 +65,7 @@ class Probes:
         return Roofline(
             config=config,
             dtype=self.dtype,
+            kept=kept_in(DTYPES[config.dtype], self.dtype, self.device),
             bandwidth=max(self.bandwidths),
             operations=max(self.operations),
             context_len=context_len,
@@ -76,13 +78,14 @@ class Roofline:
 
     config: ModelConfig
     dtype: torch.dtype
+    kept: torch.dtype
     bandwidth: float
     operations: float
     context_len: int
 
     def step_s(self, batch_size: int) -> float:
         """No decode step of so many sequences takes less."""
-        num_bytes = gpu_speed.token_bytes(self.config, self.dtype, self.context_len, batch_size)
+        num_bytes = gpu_speed.token_bytes(self.config, self.dtype, self.context_len, batch_size, kept=self.kept)
         weights = gpu_speed.token_bytes(self.config, self.dtype, 0) / self.dtype.itemsize
         return max(num_bytes / self.bandwidth, 2 * weights * batch_size / self.operations)
 
@@ -94,8 +97,6 @@ class Roofline:
         return [(self.step_s(n), n / self.step_s(n)) for n in sizes]
 
 
-def share_of_bandwidth(
-    config: ModelConfig, dtype: torch.dtype, context_len: float, step_s: float, probes: Sequence[float]
-) -> float:
-    """Of the best probe of the run: what a step of one sequence read, in the time it took."""
-    return gpu_speed.token_bytes(config, dtype, round(context_len)) / step_s / max(probes)
+def share_of_bandwidth(num_bytes: int, step_s: float, probes: Sequence[float]) -> float:
+    """Of the best probe of the run: what a step read, in the time it took."""
+    return num_bytes / step_s / max(probes)

@@ -84,28 +84,35 @@ class Asked:
     serving: tuple[str, ...]
     rounds: int
 
+    @property
+    def folder(self) -> Path:
+        """The model's, a Hugging Face one."""
+        return self.work / "models" / f"opt-{self.model}-rand"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """versions: by side. same: of the first eight greedy tokens after one prompt, how many are ours, by side.
+    """versions: by side. stored: the folder's dtype. same: of the first eight greedy tokens after one prompt, how many
+    are ours, by side.
 
     bandwidth: what was read before each round. Units: GB/s.
     """
 
     rows: list[Row]
     versions: dict[str, str]
+    stored: str
     same: dict[str, int]
     bandwidth: list[float]
 
     def told(self) -> str:
         who = [f"{NAMES[s]} {v} ({self.same[s]} of 8 greedy tokens are ours)" for s, v in self.versions.items()]
         read = f"{shown(min(self.bandwidth))}-{shown(max(self.bandwidth))} GB/s were read before the rounds"
-        return "; ".join([*who, read])
+        return "; ".join([f"weights stored in {self.stored}", *who, read])
 
 
 def measure(asked: Asked, say: Callable[[str], object]) -> Found:
     """Everybody in turns. Raises: SettingsError where the harness, or somebody in it, cannot run."""
-    for path in (asked.harness / "run_peers.py", asked.work / "models" / f"opt-{asked.model}-rand" / "config.json"):
+    for path in (asked.harness / "run_peers.py", asked.folder / "config.json"):
         if not path.is_file():
             raise SettingsError(f"{path} is not there; --harness and --work name the harness and its work folder")
     with _harness(asked) as harness:
@@ -135,7 +142,12 @@ def _in_turns(asked: Asked, harness: Path, say: Callable[[str], object]) -> Foun
     versions = {s: str(ready[s]["info"].get(_VERSIONS[s], "unknown")) for s in asked.rivals}
     ours = ready[US]["first"]
     same = {s: sum(a == b for a, b in zip(ours, ready[s]["first"], strict=True)) for s in asked.rivals}
-    return Found(rows=list(rows.values()), versions=versions, same=same, bandwidth=bandwidths)
+    return Found(rows=list(rows.values()), versions=versions, stored=_stored(asked), same=same, bandwidth=bandwidths)
+
+
+def _stored(asked: Asked) -> str:
+    about = json.loads((asked.folder / "config.json").read_text())
+    return str(about.get("dtype") or about.get("torch_dtype") or "a dtype that its config.json does not name")
 
 
 class _Contender:
@@ -143,8 +155,7 @@ class _Contender:
 
     def __init__(self, asked: Asked, harness: Path, side: str) -> None:
         python = sys.executable if side == US else str(asked.work / "venv" / side / "bin" / "python")
-        model = asked.work / "models" / f"opt-{asked.model}-rand"
-        command = [python, str(harness / "contender.py"), side, asked.dtype, str(model), str(num_cores())]
+        command = [python, str(harness / "contender.py"), side, asked.dtype, str(asked.folder), str(num_cores())]
         self._log = asked.work / "logs" / f"{side}-{asked.model}-{asked.dtype}.log"
         self._log.parent.mkdir(exist_ok=True)
         self._side = side

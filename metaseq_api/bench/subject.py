@@ -1,7 +1,8 @@
 """What is measured: random weights of a published shape or a real checkpoint, for our engine and for Hugging Face's.
 
-Random weights are made on the device when they are read, so that no file is needed and any shape can be measured that
-fits; they are the same numbers for everybody who reads them in one run. Does not know what is measured of them.
+Random weights are made on the device when they are read, in the dtype in which the shape's were published, so that no
+file is needed and any shape can be measured that fits; they are the same numbers for everybody who reads them in one
+run. Does not know what is measured of them.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ class RandomModel:
 
     config: ModelConfig
     device: torch.device
-    dtype: torch.dtype
     num_parts: int = 1
     num_shards: int = 1
 
@@ -76,8 +76,9 @@ class RandomModel:
         return list(tensor_shapes(self.config))
 
     def tensor(self, name: str) -> RandomTensor:
-        weights = DeviceWeights(self.config, self.device, self.dtype)
-        return RandomTensor(name, tensor_shapes(self.config)[name], self.dtype, weights)
+        dtype = DTYPES[self.config.dtype]
+        weights = DeviceWeights(self.config, self.device, dtype)
+        return RandomTensor(name, tensor_shapes(self.config)[name], dtype, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,7 @@ class Subject:
         """What `rank.prepare` opens. Raises: CheckpointError."""
         if self.shape is None:
             return open_checkpoint(path)
-        device, config = default_device(self.settings.device), OPT_SHAPES[self.shape]
-        return RandomModel(config, device, default_dtype(self.settings, config, device))
+        return RandomModel(OPT_SHAPES[self.shape], default_device(self.settings.device))
 
     def look(self) -> tuple[ModelConfig, torch.dtype, torch.device]:
         """How it will be run, without loading it. Raises: CheckpointError."""

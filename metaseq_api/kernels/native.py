@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.kernels.compiling import SCRATCH, compiled
-from metaseq_api.kernels.structs import Stack, Step
+from metaseq_api.kernels.structs import STORED, Stack, Step
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class Native:
         self._library = ctypes.CDLL(str(path))
         self._library.metaseq_begin.argtypes = []
         self._library.metaseq_pack.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT]
-        self._library.metaseq_pack_wide.argtypes = self._library.metaseq_pack.argtypes
+        self._library.metaseq_pack_wide.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT]
         self._linear_wide = self._library.metaseq_linear_wide
-        self._linear_wide.argtypes = [_ADDRESS, _LONG, *[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT, _INT]
+        self._linear_wide.argtypes = [_ADDRESS, _LONG, _ADDRESS, _INT, *[_ADDRESS] * 3, *[_LONG] * 3, _INT, _INT]
         self._linear_wide.restype = None
         self._linear = self._library.metaseq_linear
         self._linear.argtypes = [_ADDRESS, _LONG, *[_ADDRESS] * 4, _LONG, _LONG, _LONG, _INT, _INT, _INT]
@@ -73,22 +73,28 @@ class Native:
         """Ask the kernel for AMX; whether it may be used."""
         return bool(self._library.metaseq_begin() == 0)
 
-    def takes(self, weight_OI: Tensor) -> bool:
-        """Whether `linear` has a way for such a weight."""
-        return weight_OI.dtype == torch.float32 or (
-            weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] % INPUTS == 0
-        )
+    def takes(self, num_inputs: int, dtype: torch.dtype) -> bool:
+        """Whether `linear` has a way for such a weight and rows of `dtype`."""
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and num_inputs % INPUTS == 0)
 
-    def pack(self, weight_OI: Tensor) -> Tensor:
-        """A weight in the order in which `linear` reads it, O filled up to whole panels."""
+    @staticmethod
+    def kept_in(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """What a weight is kept in for rows of `dtype`: half the bytes are half the time where weights are read once
+        for each token, so for rows in fp32 a half is widened only as it is multiplied. The products are the same."""
+        return stored if dtype == torch.float32 and stored in STORED else dtype
+
+    def pack(self, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight in the order in which `linear` reads it for rows of `dtype`, O filled up to whole panels."""
         outputs, inputs = weight_OI.shape
-        assert self.takes(weight_OI)
-        assert weight_OI.is_contiguous()
-        narrow = weight_OI.dtype == torch.bfloat16
-        panel = 32 if narrow else 64
+        assert self.takes(inputs, dtype)
+        weight_OI = weight_OI.to(self.kept_in(weight_OI.dtype, dtype)).contiguous()
+        panel = 64 if dtype == torch.float32 else 32
         packed = torch.empty(-(-outputs // panel) * panel, inputs, dtype=weight_OI.dtype)
-        pack = self._library.metaseq_pack if narrow else self._library.metaseq_pack_wide
-        pack(weight_OI.data_ptr(), packed.data_ptr(), outputs, inputs, torch.get_num_threads())
+        addresses, threads = (weight_OI.data_ptr(), packed.data_ptr()), torch.get_num_threads()
+        if dtype == torch.float32:
+            self._library.metaseq_pack_wide(*addresses, outputs, inputs, STORED[packed.dtype], threads)
+        else:
+            self._library.metaseq_pack(*addresses, outputs, inputs, threads)
         return packed
 
     def linear(
@@ -103,33 +109,31 @@ class Native:
         dtype: torch.dtype | None = None,
         room: Tensor | None = None,
     ) -> Tensor:
-        """relu?(x W^T + b) + residual, rounded once at the end, to the weight's dtype or fp32; into the first rows of
-        `room` where it has so many. Shapes: -> [T, O]."""
+        """relu?(x W^T + b) + residual, rounded once at the end, to x's dtype or fp32; into the first rows of `room`
+        where it has so many. The weight was packed for rows of x's dtype. Shapes: -> [T, O]."""
         num, inputs = x_TI.shape
-        assert x_TI.dtype == packed.dtype
+        assert packed.dtype == self.kept_in(packed.dtype, x_TI.dtype)
         assert x_TI.stride(1) == 1
         assert inputs == packed.shape[1]
         assert residual is None or residual.is_contiguous()
         if room is not None and len(room) >= num:
-            assert room.dtype == (dtype or packed.dtype)
+            assert room.dtype == (dtype or x_TI.dtype)
             assert room.is_contiguous()
             y_TO = room[:num]
             assert y_TO.shape[1] == num_outputs
         else:
-            y_TO = torch.empty(num, num_outputs, dtype=dtype or packed.dtype)
+            y_TO = torch.empty(num, num_outputs, dtype=dtype or x_TI.dtype)
+        rows = (x_TI.data_ptr(), x_TI.stride(0), packed.data_ptr())
         addresses = (
-            x_TI.data_ptr(),
-            x_TI.stride(0),
-            packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             y_TO.data_ptr(),
         )
         threads = torch.get_num_threads()
-        if packed.dtype == torch.float32:
-            self._linear_wide(*addresses, num, inputs, num_outputs, relu, threads)
+        if x_TI.dtype == torch.float32:
+            self._linear_wide(*rows, STORED[packed.dtype], *addresses, num, inputs, num_outputs, relu, threads)
         else:
-            self._linear(*addresses, num, inputs, num_outputs, relu, y_TO.itemsize, threads)
+            self._linear(*rows, *addresses, num, inputs, num_outputs, relu, y_TO.itemsize, threads)
         return y_TO
 
     def norm(self, x_TE: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
+
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_LEAVES = (("weight", _ADDRESS), ("bias", _ADDRESS), ("stored", _LONG))
+STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""How cpu/wide.h numbers what a weight may be stored in that is multiplied in fp32."""
 
 
 class Step(ctypes.Structure):
@@ -24,11 +29,12 @@ class Step(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`layer` of cpu/layers.c, as addresses: each a weight (packed, of a linear layer) and its bias, or null."""
+    """`layer` of cpu/layers.c: of each part the addresses, or null, of a weight (packed, of a linear layer) and its
+    bias, and how the weight is stored (`STORED`)."""
 
     PARTS = ("before", "qkv", "out", "middle", "fc1", "fc2")
     _fields_ = (
-        *((f"{part}_{leaf}", _ADDRESS) for part in PARTS for leaf in ("weight", "bias")),
+        *((f"{part}_{leaf}", kind) for part in PARTS for leaf, kind in _LEAVES),
         ("keys", _ADDRESS),
         ("values", _ADDRESS),
     )

@@ -36,19 +36,20 @@ def plan(
     settings: Settings,
     *,
     dtype: torch.dtype,
+    kept: torch.dtype,
     device: torch.device,
     tensor_size: int,
     ranks_here: int,
     max_seq_len: int,
 ) -> Plan:
-    """Fit weights and cache into this rank's share of the machine.
+    """Fit weights, kept in a dtype, and the cache into this rank's share of the machine.
 
     Raises: MemoryTooSmall saying what is there and what is wanted.
     """
     table = config.vocab_size * config.embed_dim
     # two tables where the output is not tied; and a CPU keeps a tied one twice, packed and plain
-    params = config.num_params + (table if device.type == "cpu" or not config.tied_output else 0)
-    weights = params * dtype.itemsize // tensor_size
+    plain = table if device.type == "cpu" or not config.tied_output else 0
+    weights = (config.num_params * kept.itemsize + plain * dtype.itemsize) // tensor_size
     block = KVCache.bytes_per_block(config, tensor_size, dtype, settings.block_size)
     least = -(-max_seq_len // settings.block_size)
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.kernels.native import Native
-from metaseq_api.kernels.structs import Layer
+from metaseq_api.kernels.structs import STORED, Layer
 from metaseq_api.kernels.structs import Stack as Addresses
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.native import NativePlan
@@ -105,6 +105,10 @@ def stack(config: ModelConfig, context: ParallelContext, layers: Seq[Parts]) -> 
 
 
 def _addresses(parts: Parts) -> list[int | None]:
-    tensors = [t for part in parts for t in ((None, None) if part is None else (part.weight, part.bias))]
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    return [None if t is None else t.data_ptr() for t in tensors]
+    return [n for part in parts for n in ((None, None, 0) if part is None else _numbers(part.weight, part.bias))]
+
+
+def _numbers(weight: Tensor, bias: Tensor | None) -> tuple[int, int | None, int]:
+    assert weight.is_contiguous()
+    assert bias is None or bias.is_contiguous()
+    return weight.data_ptr(), None if bias is None else bias.data_ptr(), STORED[weight.dtype]

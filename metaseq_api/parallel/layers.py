@@ -46,6 +46,12 @@ def read_whole(source: Source) -> Tensor:
     return source.read(0, 0, source.shape[0])
 
 
+def kept_in(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a linear layer that multiplies in `dtype` keeps a weight in."""
+    own = native() if device.type == "cpu" else None
+    return dtype if own is None else own.kept_in(stored, dtype)
+
+
 class Linear(nn.Module):
     """y_TO = x_TI W_OI^T + b_O, whole on this rank; on a CPU the weight is packed once for its matrix kernels."""
 
@@ -63,14 +69,15 @@ class Linear(nn.Module):
     def keep(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take these as this rank's weight and bias."""
         device = self.context.device
-        self.weight = weight.to(device, self.dtype).contiguous()
         self.bias = None if bias is None else bias.to(device, self.dtype).contiguous()
         self.num_outputs = len(weight)
         own = native() if device.type == "cpu" else None
-        self.native = own if own is not None and own.takes(self.weight) else None
+        self.native = own if own is not None and own.takes(weight.shape[1], self.dtype) else None
         if self.native is not None:
-            self.weight = self.native.pack(self.weight)
-        elif _packs(device, self.dtype):
+            self.weight = self.native.pack(weight, self.dtype)
+            return
+        self.weight = weight.to(device, self.dtype).contiguous()
+        if _packs(device, self.dtype):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             self.packed = True
 
@@ -172,8 +179,8 @@ class VocabEmbedding(nn.Module):
         self.start, stop = self.context.span(table.shape[0])
         rows = table.read(0, self.start, stop)
         self.table = rows.to(self.context.device, self.output.dtype)
-        if output is None:
-            self.output.keep(self.table, None)
+        if output is None:  # a GPU keeps one, a CPU packs its own, from what was stored
+            self.output.keep(self.table if self.context.device.type == "cuda" else rows, None)
         else:
             self.output.load([output], [])
 

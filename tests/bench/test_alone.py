@@ -16,7 +16,7 @@ from metaseq_api.core.config import OPT_SHAPES, ModelConfig
 from metaseq_api.settings import DEMO, Settings
 
 CONFIG = ModelConfig(num_layers=1, hidden_dim=16, num_heads=4, ffn_dim=32, vocab_size=4096, max_positions=512)
-READY: Any = SimpleNamespace(config=CONFIG, dtype=torch.float32, device=torch.device("cpu"))
+READY: Any = SimpleNamespace(config=CONFIG, dtype=torch.float32, kept=torch.float16, device=torch.device("cpu"))
 
 
 def side(prompts: list[list[int]], num: int) -> work.Times:
@@ -31,7 +31,7 @@ def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.Monk
     rows, probes = latency.measure({"ours": side}, READY, asked, lambda text: None)
     first, each, rate, share, prefill = (row.median("ours") for row in rows)
     assert (first, each, rate, prefill) == pytest.approx((500, 100, 10, 100))
-    assert share == pytest.approx(latency.share_of_bandwidth(CONFIG, torch.float32, 55.5, 0.1, [1e9]))
+    assert share == pytest.approx(latency.token_bytes(CONFIG, torch.float32, 55, kept=torch.float16) / 0.1 / 1e9)
     assert len(probes) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -40,10 +41,13 @@ def test_tables_have_the_same_cells_on_a_terminal_and_on_a_page() -> None:
 
 def test_a_step_is_bound_by_bytes_for_few_sequences_and_by_operations_for_many() -> None:
     config = OPT_SHAPES["opt-1.3b"]
-    roof = limits.Roofline(config=config, dtype=torch.bfloat16, bandwidth=100e9, operations=1e12, context_len=256)
+    dtype = torch.bfloat16
+    roof = limits.Roofline(config=config, dtype=dtype, kept=dtype, bandwidth=100e9, operations=1e12, context_len=256)
     weights = config.num_params - 2050 * config.hidden_dim  # of the positions a step takes rows
     assert roof.step_s(1) == pytest.approx((2 * weights + 4 * 24 * 2048 * 256) / 100e9, rel=1e-6)
     assert roof.step_s(1024) == pytest.approx(2 * weights * 1024 / 1e12, rel=1e-6)
+    wide = dataclasses.replace(roof, dtype=torch.float32)  # multiplied in fp32, read in half of its bytes
+    assert wide.step_s(1) == pytest.approx((2 * weights + 2 * 4 * 24 * 2048 * 256) / 100e9, rel=1e-6)
     points = roof.points(10)
     assert len(points) == 5  # 1, 2, 4, 8, 16
     assert all(rate * seconds == pytest.approx(2**i) for i, (seconds, rate) in enumerate(points))

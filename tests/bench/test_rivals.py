@@ -79,7 +79,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(rivals, "_ADAPTER", stand_in(0.001, 7))
     model = work / "models" / "opt-125m-rand"
     model.mkdir(parents=True)
-    (model / "config.json").touch()
+    (model / "config.json").write_text('{"dtype": "float16"}')
     return Asked(
         harness=harness, work=work, model="125m", dtype="bf16", rivals=("ov", "hf"), serving=("vllm",), rounds=2
     )
@@ -100,6 +100,7 @@ def test_everybody_stays_loaded_and_works_in_turns(asked: Asked) -> None:
         assert {s: row.median(s) for s in speeds} == {s: pytest.approx(factor * v) for s, v in speeds.items()}
     assert http.values == {"ours": [45.0, 46.0], "vllm": [45.0, 46.0]}
     told = found.told()
+    assert told.startswith("weights stored in float16; ")
     assert "OpenVINO GenAI 2026.4 (8 of 8 greedy tokens are ours)" in told
     assert "Hugging Face 5 (0 of 8" in told
     assert sorted(p.name for p in (asked.harness / "adapters").iterdir()) == ["hf.py", "ov.py"], "it is left alone"

@@ -22,7 +22,7 @@ import os, signal, torch
 from metaseq_api.kernels.native import native
 own, x, w = native(), torch.randn(64, 256), torch.randn(4096, 256)
 torch.set_num_threads(2)
-packed = own.pack(w)
+packed = own.pack(w, w.dtype)
 want = own.linear(x, packed, 4096, None)
 child = os.fork()
 if not child:
@@ -43,7 +43,7 @@ def product(seed: int, num_threads: int) -> Tensor:
     torch.set_num_threads(num_threads)
     given = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(100, 192, generator=given), torch.randn(1000, 192, generator=given)
-    return own().linear(x, own().pack(weight), 1000, None)
+    return own().linear(x, own().pack(weight, weight.dtype), 1000, None)
 
 
 @pytest.mark.parametrize("num", [2, 3, 17])

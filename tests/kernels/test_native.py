@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 def test_a_linear_layer_is_rounded_once(rows: int, shape: tuple[int, int]) -> None:
     inputs, outputs = shape
     x, weight, bias, residual = normal(rows, inputs), normal(outputs, inputs), normal(outputs), normal(rows, outputs)
-    packed = own().pack(weight)
+    packed = own().pack(weight, weight.dtype)
     want = F.linear(x.float(), weight.float(), bias.float())
     close = {"rtol": 1e-5, "atol": 1e-3}
     torch.testing.assert_close(own().linear(x, packed, outputs, bias, dtype=torch.float32), want, **close)
@@ -44,7 +44,7 @@ def test_a_linear_layer_is_rounded_once(rows: int, shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_linear_layer_takes_room_that_there_is(dtype: torch.dtype) -> None:
     x, weight, room = normal(40, 64).to(dtype), normal(50, 64).to(dtype), torch.full((30, 50), 7.0)
-    packed = own().pack(weight)
+    packed = own().pack(weight, weight.dtype)
     want = own().linear(x, packed, 50, None, dtype=torch.float32)
     got = own().linear(x[:30], packed, 50, None, dtype=torch.float32, room=room)
     assert got.equal(want[:30])
@@ -63,16 +63,32 @@ def test_a_linear_layer_in_fp32_is_torchs(rows: int, shape: tuple[int, int]) -> 
     x, weight, bias, residual = (
         t.float() for t in (normal(rows, inputs), normal(outputs, inputs), normal(outputs), normal(rows, outputs))
     )
-    packed, want = own().pack(weight), F.linear(x, weight, bias)
+    packed, want = own().pack(weight, weight.dtype), F.linear(x, weight, bias)
     close = {"rtol": 1e-5, "atol": 2e-4}
     torch.testing.assert_close(own().linear(x, packed, outputs, bias, relu=True), want.relu(), **close)
     torch.testing.assert_close(own().linear(x, packed, outputs, bias, residual), want + residual, **close)
     torch.testing.assert_close(own().linear(x, packed, outputs, None), want - bias, **close)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 6, 7, 18, 19, 32, 100])
+@pytest.mark.parametrize("shape", [(8, 8), (50, 64), (768, 70), (300, 200)], ids=str)
+def test_products_in_fp32_have_the_same_bits_by_halves(rows: int, shape: tuple[int, int], stored: torch.dtype) -> None:
+    inputs, outputs = shape
+    x, weight = normal(rows, inputs).float(), (normal(outputs, inputs).float() / 7).to(stored)
+    weight[0, 0], weight[1, 1] = torch.finfo(stored).smallest_normal / 4, -torch.finfo(stored).max
+    packed, whole = own().pack(weight, torch.float32), own().pack(weight.float(), torch.float32)
+    assert packed.dtype == stored
+    bias, residual = normal(outputs).float(), normal(rows, outputs).float()
+    got, want = (own().linear(x, by, outputs, bias, residual) for by in (packed, whole))
+    assert got.dtype == torch.float32
+    assert got.equal(want)
+    assert want[:, 2:].abs().max() > 0.1
+
+
 def test_rows_of_a_wider_tensor_are_multiplied_where_they_lie() -> None:
     wide, weight = normal(20, 96), normal(40, 64)
-    packed = own().pack(weight)
+    packed = own().pack(weight, weight.dtype)
     assert torch.equal(
         own().linear(wide[:, 32:], packed, 40, None), own().linear(wide[:, 32:].clone(), packed, 40, None)
     )
@@ -90,7 +106,7 @@ def test_a_norm_is_computed_in_fp32(width: int) -> None:
 def test_what_is_not_a_number_stays_none() -> None:
     x, weight = normal(2, 64), normal(32, 64)
     x[1, 3] = torch.nan
-    y = own().linear(x, own().pack(weight), 32, None)
+    y = own().linear(x, own().pack(weight, weight.dtype), 32, None)
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
     assert own().norm(x, weight[0, :64], weight[1, :64], 1e-5)[1].isnan().all()
@@ -100,7 +116,7 @@ def test_what_is_not_a_number_stays_none() -> None:
 def test_an_activation_passes_on_what_is_not_a_number(dtype: torch.dtype) -> None:
     x, weight, bias = normal(2, 64).to(dtype), normal(32, 64).to(dtype), normal(32).to(dtype)
     bias[5] = torch.nan
-    y = own().linear(x, own().pack(weight), 32, bias, relu=True)
+    y = own().linear(x, own().pack(weight, weight.dtype), 32, bias, relu=True)
     assert y[:, 5].isnan().all()
     assert y[:, :5].isfinite().all()
 

@@ -47,12 +47,19 @@ def test_the_older_control_groups_are_read_too(tmp_path: Path) -> None:
     assert machine(tmp_path, {"memory/slurm/job": files}, "5:cpu,memory:/slurm/job") == 3 * GIB
 
 
-def plan(free: int, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> memory.Plan:
+def plan(
+    free: int,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = torch.float16,
+    kept: torch.dtype = torch.float16,
+) -> memory.Plan:
     monkeypatch.setattr(memory, "available_bytes", lambda: free)
     return memory.plan(
         OPT_SHAPES["opt-125m"],
         settings,
-        dtype=torch.float16,
+        dtype=dtype,
+        kept=kept,
         device=torch.device("cpu"),
         tensor_size=1,
         ranks_here=1,
@@ -65,6 +72,11 @@ def test_the_cache_gets_what_weights_leave(monkeypatch: pytest.MonkeyPatch) -> N
     table = 50272 * 768
     assert found.weight_bytes == 2 * (OPT_SHAPES["opt-125m"].num_params + table)
     assert found.num_blocks == (GIB - found.weight_bytes) // found.block_bytes
+
+
+def test_halves_that_are_multiplied_in_fp32_are_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(GIB, Settings(), monkeypatch, dtype=torch.float32)
+    assert found.weight_bytes == 2 * OPT_SHAPES["opt-125m"].num_params + 4 * 50272 * 768  # and a table to look up in
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 #include "ranks.h"
 #include "step.h"
 
+/* A weight and its bias. */
 typedef struct {
     const char *w, *b;
+    long stored; /* how, where it is multiplied in fp32 */
 } pair;
 
 /* A norm, a product, then attention or relu, and a product that is added to what went in. */
@@ -28,7 +30,7 @@ typedef struct {
 /* y = relu?(x W^T + b) + residual, which y may be. */
 static void linear(const stack *k, const char *x, pair by, const char *residual, char *y, long num_rows, long num_inputs, long num_outputs, int relu) {
     if (k->bytes == 4)
-        metaseq_linear_wide((const float *)x, num_inputs, (const float *)by.w, (const float *)by.b, (const float *)residual, (float *)y,
+        metaseq_linear_wide((const float *)x, num_inputs, by.w, by.stored, (const float *)by.b, (const float *)residual, (float *)y,
                             num_rows, num_inputs, num_outputs, relu, k->s->threads);
     else
         metaseq_linear((const bf16 *)x, num_inputs, (const bf16 *)by.w, (const bf16 *)by.b, (const bf16 *)residual, y,

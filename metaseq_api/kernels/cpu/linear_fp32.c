@@ -1,49 +1,82 @@
-/* Linear layers in fp32. */
+/* Linear layers in fp32, whose weights are stored in fp32 or in half of the bytes. */
 #include "wide.h"
 
-enum { CHUNK = 96, PART = 128 }; /* rows at once, and of their inputs so many that a panel of them stays in the first cache */
+/* Rows at once, and of their inputs so many that a panel of them stays in the first cache, beside its halves if need be. */
+enum { CHUNK = 96, PART = 128, PART_OF_HALVES = 96 };
 
 typedef struct {
-    const float *w;
-    float *packed;
+    const char *w;
+    char *packed;
     long num_outputs, num_inputs;
+    int stored;
 } pack_job;
 
-static void pack_panel(const void *about, long p) {
-    const pack_job *j = about;
+INLINE void pack_columns(const pack_job *j, long p, const size_t bytes) {
     for (long o = 0; o < WIDE; o++) {
         long from = p * WIDE + o;
-        for (long i = 0; i < j->num_inputs; i++)
-            j->packed[(p * j->num_inputs + i) * WIDE + o] = from < j->num_outputs ? j->w[from * j->num_inputs + i] : 0;
+        for (long i = 0; i < j->num_inputs; i++) {
+            char *to = j->packed + ((p * j->num_inputs + i) * WIDE + o) * bytes;
+            if (from < j->num_outputs) memcpy(to, j->w + (from * j->num_inputs + i) * bytes, bytes);
+            else memset(to, 0, bytes);
+        }
     }
 }
 
+static void pack_panel(const void *about, long p) {
+    const pack_job *j = about;
+    if (j->stored == FP32) pack_columns(j, p, 4);
+    else pack_columns(j, p, 2);
+}
+
 /* W [O, I] -> [O / 64][I][64], O filled up with zeros. */
-void metaseq_pack_wide(const float *w, float *packed, long num_outputs, long num_inputs, int threads) {
-    pack_job job = {w, packed, num_outputs, num_inputs};
+void metaseq_pack_wide(const char *w, char *packed, long num_outputs, long num_inputs, int stored, int threads) {
+    pack_job job = {w, packed, num_outputs, num_inputs, stored};
     share_out(up_to(num_outputs, WIDE) / WIDE, pack_panel, &job, threads);
 }
 
 typedef struct {
-    const float *x, *packed, *bias, *residual;
+    const float *x, *bias, *residual;
+    const char *packed;
     float *y;
     long stride, num_rows, num_inputs, num_outputs, panels;
-    int relu;
+    int relu, stored;
 } linear_job;
+
+/* Up to TALL rows by a part of a panel of halves; TALL rows keep it in fp32 for those after them. */
+static void multiply_halves(const float *x, long stride, int rows, const char *panel, int stored, long num, float *y, int more,
+                            const char *ahead, float *keep) {
+    if (stored == FP16 && keep) multiply_wide(x, stride, TALL, panel, FP16, num, y, WIDE, more, ahead, keep);
+    else if (keep) multiply_wide(x, stride, TALL, panel, BF16, num, y, WIDE, more, ahead, keep);
+    else if (stored == FP16) multiply_stored(x, stride, rows, panel, FP16, num, y, WIDE, more, ahead);
+    else multiply_stored(x, stride, rows, panel, BF16, num, y, WIDE, more, ahead);
+}
+
+/* All inputs of a panel, by all rows of a chunk; the first rows fetch the next part of the panel, and widen this one. */
+static void multiply_chunk(const linear_job *j, long p, const float *x, long rows, float *sums) {
+    float wide[PART_OF_HALVES * WIDE] __attribute__((aligned(64)));
+    const long many = rows > TALL, halves = j->stored != FP32, column = WIDE * stored_bytes(j->stored);
+    const long part = !many ? j->num_inputs : halves ? PART_OF_HALVES : PART;
+    const char *panel = j->packed + p * j->num_inputs * column;
+    for (long i = 0; i < j->num_inputs; i += part, x += part, panel += part * column) {
+        const char *next = panel + part * column;
+        long num = least(j->num_inputs - i, part);
+        for (long t = 0; t < rows; t += TALL, next += part * 64) {
+            const char *ahead = many && next < panel + 2 * part * column ? next : 0;
+            const float *from = x + t * j->stride;
+            float *to = sums + t * WIDE;
+            long now = least(rows - t, TALL);
+            if (halves && t == 0) multiply_halves(from, j->stride, now, panel, j->stored, num, to, i > 0, ahead, many ? wide : 0);
+            else multiply_rows(from, j->stride, now, halves ? wide : (const void *)panel, num, to, WIDE, i > 0, ahead);
+        }
+    }
+}
 
 static void linear_piece(const void *about, long piece) {
     const linear_job *j = about;
     long p = piece % j->panels, first = piece / j->panels * CHUNK, rows = least(j->num_rows - first, CHUNK);
-    long part = rows > TALL ? PART : j->num_inputs, end = least(j->num_outputs, (p + 1) * WIDE);
+    long end = least(j->num_outputs, (p + 1) * WIDE);
     float sums[CHUNK * WIDE] __attribute__((aligned(64)));
-    for (long i = 0; i < j->num_inputs; i += part) {
-        const float *panel = j->packed + (p * j->num_inputs + i) * WIDE;
-        for (long t = 0; t < rows; t += TALL) { /* the first rows fetch the next part of the panel */
-            const float *ahead = rows > TALL && t < 4 * TALL ? panel + part * WIDE + t / TALL * part * 16 : 0;
-            multiply_rows(j->x + (first + t) * j->stride + i, j->stride, least(rows - t, TALL), panel,
-                          least(j->num_inputs - i, part), sums + t * WIDE, WIDE, i > 0, ahead);
-        }
-    }
+    multiply_chunk(j, p, j->x + first * j->stride, rows, sums);
     for (long t = 0; t < rows; t++)
         for (long o = p * WIDE; o < end; o += 16) {
             __mmask16 mask = lanes(j->num_outputs - o);
@@ -57,9 +90,9 @@ static void linear_piece(const void *about, long piece) {
 }
 
 /* y = relu?(x W^T + b) + residual in fp32. */
-void metaseq_linear_wide(const float *x, long stride, const float *packed, const float *bias, const float *residual, float *y,
+void metaseq_linear_wide(const float *x, long stride, const char *packed, int stored, const float *bias, const float *residual, float *y,
                          long num_rows, long num_inputs, long num_outputs, int relu, int threads) {
     long panels = up_to(num_outputs, WIDE) / WIDE;
-    linear_job job = {x, packed, bias, residual, y, stride, num_rows, num_inputs, num_outputs, panels, relu};
+    linear_job job = {x, bias, residual, packed, y, stride, num_rows, num_inputs, num_outputs, panels, relu, stored};
     share_out(panels * (up_to(num_rows, CHUNK) / CHUNK), linear_piece, &job, threads);
 }

@@ -18,6 +18,6 @@ typedef struct {
 void metaseq_norm(const char *x, const char *w, const char *b, char *y, long num_rows, long width, float eps, int bytes, int threads);
 void metaseq_linear(const bf16 *x, long stride, const bf16 *packed, const bf16 *bias, const bf16 *residual, char *y,
                     long num_rows, long num_inputs, long num_outputs, int relu, int bytes, int threads);
-void metaseq_linear_wide(const float *x, long stride, const float *packed, const float *bias, const float *residual, float *y,
+void metaseq_linear_wide(const float *x, long stride, const char *packed, int stored, const float *bias, const float *residual, float *y,
                          long num_rows, long num_inputs, long num_outputs, int relu, int threads);
 void metaseq_attend(const step *s, const char *q, const char *k, const char *v, char *keys, char *values, char *out, int bytes);
