@@ -14,12 +14,22 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def has_avx512(about: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether kernels of our own may serve (`kernels.native`), in fp32 at least."""
+    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= _features(about)
+
+
 def has_amx(about: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's processors multiply by tiles, so that kernels of our own may serve (`kernels.native`)."""
-    if not about.exists():  # not Linux, from where one may yet ask a server
-        return False
+    """Whether they may in bf16 too: this machine's processors multiply by tiles."""
+    return has_avx512(about) and {"amx_tile", "amx_bf16", "avx512_bf16"} <= _features(about)
+
+
+def _features(about: Path) -> set[str]:
+    """What the first processor can do, in Linux's words; nothing elsewhere, from where one may yet ask a server."""
+    if not about.exists():
+        return set()
     with about.open() as lines:
-        return "amx_bf16" in next((line for line in lines if line.startswith("flags")), "").split()
+        return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def let_threads_rest() -> None:
@@ -29,7 +39,7 @@ def let_threads_rest() -> None:
     torch's own operations comes, so a model that torch computes is as fast. OpenMP asks the environment when torch is
     first imported, so this comes before; whoever has set it himself is left alone.
     """
-    if not {"OMP_WAIT_POLICY", *_WAITS} & os.environ.keys() and has_amx():
+    if not {"OMP_WAIT_POLICY", *_WAITS} & os.environ.keys() and has_avx512():
         os.environ.update(_WAITS)
 
 

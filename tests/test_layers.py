@@ -22,7 +22,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"errors"}, set()),
     "scheduling": ({"errors", "core"}, set()),
     "tokenizer": ({"errors", "core"}, {"tokenizers"}),
-    "kernels": (set(), TENSOR | {"triton"}),
+    "kernels": ({"machine"}, TENSOR | {"triton"}),
     "parallel": (LOW | {"core", "kernels"}, TENSOR),
     "checkpoint": (LOW | {"core"}, TENSOR | {"fairscale", "isal"}),
     "model": (LOW | {"core", "parallel", "kernels"}, TENSOR),

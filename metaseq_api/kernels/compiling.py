@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("cpu")
 # sums in another order, no more: -ffast-math would have every thread of the process take denormal numbers for 0
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
-FLAGS = ("-O3", "-march=native", *_MATH, "-pthread", "-fPIC", "-shared")
+# what a processor without tiles lacks is compiled all the same, and not called
+_TILES = ("-mamx-tile", "-mamx-bf16", "-mavx512bf16")
+FLAGS = ("-O3", "-march=native", *_TILES, *_MATH, "-pthread", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
 SCRATCH = "metaseq-api-native-"

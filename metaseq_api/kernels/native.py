@@ -1,6 +1,7 @@
 """What a CPU runs of our own (`cpu/`, compiled by `compiling`), called with plain addresses.
 
-Where there is no compiler, no AMX, or no Linux, there is none of it, and torch's own operations serve (`native`).
+Where there is no compiler, no AVX-512, or no Linux, there is none of it, and without AMX none in bf16: torch's own
+operations serve (`native_for`).
 
 Knows how to call. Does not know blocks or models.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from metaseq_api.kernels.compiling import SCRATCH, compiled
 from metaseq_api.kernels.structs import STORED, Stack, Step
+from metaseq_api.machine import has_amx, has_avx512
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +71,16 @@ class Native:
         self._layers.argtypes = [ctypes.POINTER(Stack), _LONG, _LONG, *[_ADDRESS] * 3, _LONG]
         self._layers.restype = _LONG
 
+        self.multiplies_tiles = False  # until the kernel was asked
+
     def begin(self) -> bool:
         """Ask the kernel for AMX; whether it may be used."""
-        return bool(self._library.metaseq_begin() == 0)
+        self.multiplies_tiles = bool(self._library.metaseq_begin() == 0)
+        return self.multiplies_tiles
+
+    def computes(self, dtype: torch.dtype) -> bool:
+        """Whether steps in it are computed here."""
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and self.multiplies_tiles)
 
     def takes(self, num_inputs: int, dtype: torch.dtype) -> bool:
         """Whether `linear` has a way for such a weight and rows of `dtype`."""
@@ -250,7 +259,7 @@ class Native:
 @functools.cache
 def native() -> Native | None:
     """The library, compiled if need be; None where this machine cannot have it."""
-    if not torch.cpu._is_amx_tile_supported():
+    if not has_avx512():
         return None
     try:
         path = compiled()
@@ -264,7 +273,12 @@ def native() -> Native | None:
     except (OSError, subprocess.SubprocessError) as e:
         log.warning("no kernels of our own on this CPU, torch's serve: %s", e)
         return None
-    if not found.begin():
-        log.warning("no kernels of our own on this CPU, torch's serve: the system gives no AMX")
-        return None
+    if has_amx() and not found.begin():
+        log.warning("no kernels of our own in bf16, torch's serve: the system gives no AMX")
     return found
+
+
+def native_for(dtype: torch.dtype, device: torch.device) -> Native | None:
+    """The library, where steps in `dtype` are computed by it."""
+    own = native() if device.type == "cpu" else None
+    return own if own is not None and own.computes(dtype) else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import POSITION_OFFSET
-from metaseq_api.kernels.native import native
+from metaseq_api.kernels.native import native_for
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.native import NativePlan
 from metaseq_api.model.paths import Plan, attend_by
@@ -40,7 +40,7 @@ class Norm(nn.Module):
         self.context, self.dtype, self.eps = context, dtype, eps
         self.weight: Tensor
         self.bias: Tensor
-        self.native = native() if context.device.type == "cpu" and dtype != torch.float16 else None
+        self.native = native_for(dtype, context.device)
 
     def load(self, weights: Weights, name: str) -> None:
         self.weight, self.bias = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaseq_api.core import Batch
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import Native, native
+from metaseq_api.kernels.native import Native, native_for
 from metaseq_api.kernels.reference import DecodeAttention
 from metaseq_api.model.attention import StepPlan, attend, plan_step
 from metaseq_api.model.cache import KVCache
@@ -34,14 +34,14 @@ def decode_kernel(device: torch.device) -> DecodeAttention | None:
 
 def score_kernels(device: torch.device) -> Native | None:
     """Kernels that choose and rate tokens on this device, or None where torch's own operations serve."""
-    return native() if device.type == "cpu" else None
+    return native_for(torch.float32, device)
 
 
 def plan(batch: Batch, cache: KVCache, device: torch.device, kernel: DecodeAttention | None) -> Plan:
     """A Batch as tensors on the device: by `paged` with a kernel for single tokens, else by `native` or `attention`."""
     if kernel is not None:
         return plan_paged(batch, cache, device, kernel)
-    own = native() if device.type == "cpu" and cache.keys[0].dtype != torch.float16 else None
+    own = native_for(cache.keys[0].dtype, device)
     return plan_step(batch, cache, device) if own is None else plan_native(batch, cache, own)
 
 

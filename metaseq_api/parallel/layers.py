@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaseq_api.kernels import have_triton
-from metaseq_api.kernels.native import Native, native
+from metaseq_api.kernels.native import Native, native_for
 from metaseq_api.parallel.context import ParallelContext
 
 LEAST_ROWS = 4
@@ -48,7 +48,7 @@ def read_whole(source: Source) -> Tensor:
 
 def kept_in(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a linear layer that multiplies in `dtype` keeps a weight in."""
-    own = native() if device.type == "cpu" else None
+    own = native_for(dtype, device)
     return dtype if own is None else own.kept_in(stored, dtype)
 
 
@@ -71,7 +71,7 @@ class Linear(nn.Module):
         device = self.context.device
         self.bias = None if bias is None else bias.to(device, self.dtype).contiguous()
         self.num_outputs = len(weight)
-        own = native() if device.type == "cpu" else None
+        own = native_for(self.dtype, device)
         self.native = own if own is not None and own.takes(weight.shape[1], self.dtype) else None
         if self.native is not None:
             self.weight = self.native.pack(weight, self.dtype)

@@ -14,8 +14,6 @@ import torch
 from support.own_kernels import needs_own, own
 from torch import Tensor
 
-from metaseq_api.machine import has_amx
-
 pytestmark = needs_own
 IN_A_CHILD = """
 import os, signal, torch
@@ -81,14 +79,3 @@ def test_what_torch_holds_lies_in_large_pages_unless_told_otherwise() -> None:
     for given, want in (({}, "1" if there_are else "None"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
         said = subprocess.check_output([sys.executable, "-c", code], env=clean | given, text=True)
         assert said.strip() == want
-
-
-def test_a_machine_that_says_nothing_of_tiles_has_none(tmp_path: Path) -> None:
-    about = tmp_path / "cpuinfo"
-    assert not has_amx(about)
-    about.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
-    assert not has_amx(about)
-    about.write_text("processor\t: 0\nflags\t\t: fpu avx512f\n")
-    assert not has_amx(about)
-    about.write_text("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n")
-    assert has_amx(about)

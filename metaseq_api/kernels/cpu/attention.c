@@ -134,10 +134,10 @@ static void attend_piece(const void *about, long piece_) {
     long prompts = s->num_pieces * s->heads, first = (piece_ - prompts) * j->each;
     void *mine = room_for(j->room);
     if (piece_ >= prompts) {
-        configure_column();
+        if (j->bytes == 2) configure_column();
         singles(s, first, least(first + j->each, s->num_single * s->heads), j->q, j->keys, j->values, j->out, j->bytes, mine);
     } else attend_prompt(s, piece_ / s->heads, piece_ % s->heads, j->q, j->keys, j->values, j->out, j->bytes, mine);
-    _tile_release();
+    if (j->bytes == 2) _tile_release();
 }
 
 /* Write the step's keys and values, and attend: q, k, v rows of one [T, 3 H D] -> out [T, H * D]. `bytes` 2: bf16, 4: fp32. */

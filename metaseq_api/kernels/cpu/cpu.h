@@ -1,4 +1,4 @@
-/* What a CPU with AMX runs of our own: the plan of a step, the lookup of its tokens, linear layers, norms and attention over
+/* What a CPU with AVX-512 runs of our own, in bf16 where it has AMX too: the plan of a step, the lookup of its tokens, linear layers, norms and attention over
  * the paged cache in bf16 and fp32, and the choice of tokens.
  *
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
