@@ -9,6 +9,7 @@ RUNS := run/bench
 WORKERS := 2
 HARNESS ?= ../shared/peers
 WORK ?= run/peers
+PUBLISHED ?= run/peers-fp16
 PARTS := 0 1
 
 .PHONY: help serve test browser haproxy test-slurm test-fresh test-clients lint types bench bench-rivals gpu-check package demo page-png clean
@@ -22,7 +23,8 @@ help:
 	@echo "make test-clients  with clients that are large to install (EleutherAI's lm-eval) or old (openai 0.28)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make bench       every figure of docs/performance.md, beside Hugging Face, cp and plain reads, into that page"
-	@echo "make bench-rivals  the same work by OpenVINO, vLLM, CTranslate2 and Hugging Face, by the harness in HARNESS"
+	@echo "make bench-rivals  the same work by OpenVINO, vLLM, CTranslate2 and Hugging Face, by the harness in HARNESS;"
+	@echo "                 models lie in WORK, and once more in PUBLISHED, saved in fp16"
 	@echo "make gpu-check   on a GPU: parity with Hugging Face, then a table of speeds; needs no install"
 	@echo "make package     a wheel in dist/"
 	@echo "make demo        train the demo checkpoint again"
@@ -105,6 +107,7 @@ RIVALS = $(BENCH) rivals --harness $(HARNESS) --work $(WORK)
 bench-rivals: $(BIN)/.test  # forty minutes on two cores; the harness's own set-up comes first, and takes 12 GB
 	$(RIVALS) --shape opt-125m --dtype bf16 --rivals ov vllm hf --serving vllm --json $(RUNS)/rivals-125m-bf16.json
 	$(RIVALS) --shape opt-125m --dtype fp32 --rivals ov vllm ct2 hf --serving vllm --rounds 2 --json $(RUNS)/rivals-125m-fp32.json
+	$(BENCH) rivals --harness $(HARNESS) --work $(PUBLISHED) --shape opt-125m --dtype fp32 --rivals ov vllm ct2 hf --serving vllm --rounds 2 --json $(RUNS)/rivals-published-125m-fp32.json
 	$(RIVALS) --shape opt-1.3b --dtype bf16 --rivals ov vllm --rounds 2 --json $(RUNS)/rivals-1.3b-bf16.json
 	$(RIVALS) --shape opt-1.3b --dtype fp32 --rivals ov vllm --rounds 2 --json $(RUNS)/rivals-1.3b-fp32.json
 	$(BENCH) page $(RUNS) docs/performance.md

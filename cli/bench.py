@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def write_page(args: argparse.Namespace) -> None:
-    """Every table of the page anew, from the runs that were kept."""
+    """Tables of the page anew, from the runs that were kept."""
     runs = report.read_runs(args.runs)
     args.page.write_text(report.fill(args.page.read_text("utf-8"), runs), "utf-8")
 

@@ -1,7 +1,8 @@
 """What is kept of a run: its figures with the command, the machine, the commit and the versions that made them.
 
 Also the page that is quoted (docs/performance.md): its tables stand between two marks that name a run, and are written
-anew from that run's file; what was not run is taken out. Knows files. Does not know what was measured.
+anew from that run's file; what was not run again stays as it is, with its commit and date. Knows files. Does not know
+what was measured.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def rendered(report: dict[str, Any]) -> str:
 
 
 def fill(page: str, runs: dict[str, dict[str, Any]]) -> str:
-    """The page with every marked place written from the run of its name, or emptied. Raises: SettingsError."""
+    """The page with every marked place written from the run of its name, if there is one. Raises: SettingsError."""
     marked = {found["name"] for found in MARK.finditer(page)}
     if unknown := sorted(runs.keys() - marked):
         raise SettingsError(
@@ -125,8 +126,7 @@ def fill(page: str, runs: dict[str, dict[str, Any]]) -> str:
 
     def one(found: re.Match[str]) -> str:
         name = found["name"]
-        body = f"\n{rendered(runs[name])}\n" if name in runs else ""
-        return f"<!-- run {name} -->\n{body}<!-- end -->\n"
+        return f"<!-- run {name} -->\n\n{rendered(runs[name])}\n<!-- end -->\n" if name in runs else found[0]
 
     return MARK.sub(one, page)
 

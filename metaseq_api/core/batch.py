@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 UNKNOWN = -1
@@ -42,9 +43,9 @@ class BatchItem(NamedTuple):
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """All items of a step, decoding ones and prefilling ones alike."""
+    """All items of a step, decoding ones and prefilling ones alike; not to be changed once `words` was asked for."""
 
     items: tuple[BatchItem, ...]
 
@@ -52,10 +53,11 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(len(i.token_ids) for i in self.items)
 
-    def pack(self) -> array[int]:
+    @cached_property
+    def words(self) -> array[int]:
         """As 32-bit integers: per item start, num_logits, num_prompt, the two lengths, then tokens and blocks.
 
-        kernels/cpu/plan.c reads the same.
+        What other ranks are sent, and what kernels/cpu/plan.c reads.
         """
         out = array("i", [len(self.items)])
         for i in self.items:
@@ -65,8 +67,8 @@ class Batch:
         return out
 
     @staticmethod
-    def unpack(words: Seq[int]) -> Batch:
-        """The inverse of `pack`; words past the end are ignored."""
+    def unpack(words: array[int]) -> Batch:
+        """The inverse of `words`."""
         items, at = [], 1
         for _ in range(words[0]):
             start, num_logits, num_prompt, num_tokens, num_blocks = words[at : at + 5]
@@ -82,4 +84,6 @@ class Batch:
                 )
             )
             at = end
-        return Batch(items=tuple(items))
+        found = Batch(items=tuple(items))
+        found.__dict__["words"] = words
+        return found

@@ -15,7 +15,11 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from metaseq_api.machine import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ SOURCES = Path(__file__).with_name("cpu")
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
 # what a processor without tiles lacks is compiled all the same, and not called
 _TILES = ("-mamx-tile", "-mamx-bf16", "-mavx512bf16")
-FLAGS = ("-O3", "-march=native", *_TILES, *_MATH, "-pthread", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", *_TILES, *_MATH, "-pthread", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60.0
 SCRATCH = "metaseq-api-native-"
@@ -43,15 +47,28 @@ def compiled() -> Path:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # ranks that start together do it each
             made = Path(scratch, path.name)
-            given = [str(p) for p in sources if p.suffix == ".c"]
-            command = [compiler, *FLAGS, "-o", str(made), *given]
-            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
+            _build(compiler, [p for p in sources if p.suffix == ".c"], made)
             with made.open("rb") as whole:
                 os.fsync(whole.fileno())
             with contextlib.suppress(FileExistsError):  # who is second leaves the first one's: it may be in use
                 os.link(made, path)
         log.info("compiled kernels for this CPU in %.1f s", time.monotonic() - began)
     return path
+
+
+def _build(compiler: str, sources: Sequence[Path], made: Path) -> None:
+    """Every file by itself, on all cores, then the whole."""
+
+    def run(*given: str) -> None:
+        subprocess.run([compiler, *FLAGS, *given], capture_output=True, check=True, timeout=PATIENCE_S)
+
+    def compile_one(source: Path) -> str:
+        run("-c", str(source), "-o", str(part := made.with_name(f"{source.stem}.o")))
+        return str(part)
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        parts = list(pool.map(compile_one, sources))
+    run("-shared", *parts, "-o", str(made))
 
 
 def _folder() -> Path:

@@ -156,7 +156,7 @@ class Native:
         return y_TE
 
     def plan(self, step: Step, words: array[int], *, pieces: bool) -> tuple[Tensor, Tensor]:
-        """Set what a step attends to, by the words of its Batch (`Batch.pack`); without `pieces` all but its prompts.
+        """Set what a step attends to, by the words of its Batch (`Batch.words`); without `pieces` all but its prompts.
         `step` knows its number of tokens and a block's size.
 
         Gives room for its integers, first the tokens and their positions, to be kept for as long as the step, as are

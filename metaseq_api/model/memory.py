@@ -27,6 +27,7 @@ class Plan:
     """Units: bytes of one rank; blocks of the cache."""
 
     weight_bytes: int
+    step_bytes: int
     block_bytes: int
     num_blocks: int
 
@@ -53,22 +54,30 @@ def plan(
     block = KVCache.bytes_per_block(config, tensor_size, dtype, settings.block_size)
     least = -(-max_seq_len // settings.block_size)
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+        free, step = int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE), 0  # a step's is in the rest
         cache = free - weights
     else:
-        free = available_bytes() // ranks_here
-        cache = min(free - weights, max(CPU_CACHE_BYTES, least * block))
+        free, step = available_bytes() // ranks_here, _step_bytes(config, settings.max_batch_tokens, dtype, tensor_size)
+        cache = min(free - weights - step, max(CPU_CACHE_BYTES, least * block))
     asked = settings.cache_tokens and -(-settings.cache_tokens // settings.block_size)
     if asked is not None and asked < least:
         raise MemoryTooSmall(
             f"CACHE_TOKENS is {settings.cache_tokens}, less than one sequence of {max_seq_len}; "
             "raise it or lower MAX_SEQ_LEN"
         )
-    if weights + (asked or least) * block > free:
+    if weights + step + (asked or least) * block > free:
         split = "split the model further (--model-parallel), or take a smaller --dtype or --max-seq-len"
         raise MemoryTooSmall(
-            f"a rank has {free / GIB:.2f} GiB free on {device} and needs {weights / GIB:.2f} GiB for weights and "
-            f"{(asked or least) * block / GIB:.2f} GiB for {'CACHE_TOKENS' if asked else 'one sequence'}; "
+            f"a rank has {free / GIB:.2f} GiB free on {device} and needs {(weights + step) / GIB:.2f} GiB for weights "
+            f"and a step's values and {(asked or least) * block / GIB:.2f} GiB for "
+            f"{'CACHE_TOKENS' if asked else 'one sequence'}; "
             + ("lower CACHE_TOKENS" if asked and asked > least else split)
         )
-    return Plan(weight_bytes=weights, block_bytes=block, num_blocks=asked or cache // block)
+    return Plan(weight_bytes=weights, step_bytes=step, block_bytes=block, num_blocks=asked or cache // block)
+
+
+def _step_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, tensor_size: int) -> int:
+    """What a step of so many tokens holds of one layer: its input and norm, q, k, v, attention, and the ffn's rows."""
+    return (
+        num_tokens * (2 * config.hidden_dim + (4 * config.hidden_dim + config.ffn_dim) // tensor_size) * dtype.itemsize
+    )

@@ -44,7 +44,7 @@ class NativePlan:
 
 def plan_native(batch: Batch, cache: KVCache, native: Native) -> NativePlan:
     """Work out, once for all layers, what each token reads and where its key and value go."""
-    keys, num, words = cache.keys[0], batch.num_tokens, batch.pack()
+    keys, num, words = cache.keys[0], batch.num_tokens, batch.words
     here = keys.dtype == torch.float32 or keys.shape[-1] % INPUTS == 0
     step = Step(
         num_tokens=num,

@@ -75,15 +75,15 @@ def test_a_point_at_zero_is_left_out_of_a_plot() -> None:
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 1
 
 
-def test_a_page_shows_what_was_run_and_nothing_else() -> None:
-    page = "# Title\n\n<!-- run one -->\nold\n<!-- end -->\nbetween\n<!-- run two -->\nold\n<!-- end -->\n"
+def test_a_page_shows_what_was_run_last() -> None:
+    page = "# Title\n\n<!-- run one -->\nold\n<!-- end -->\nbetween\n<!-- run two -->\nkept\n<!-- end -->\n"
     run = report.make(["latency", "--json", "x.json", "--shape", "opt-125m"], [["", "a"], ["row", "1"]], {})
     filled = report.fill(page, {"one": run})
     assert "old" not in filled
     assert "    metaseq-api-bench latency --shape opt-125m\n" in filled
     assert "| row | 1 |" in filled
     assert run["commit"] in filled
-    assert filled.endswith("between\n<!-- run two -->\n<!-- end -->\n")
+    assert filled.endswith("between\n<!-- run two -->\nkept\n<!-- end -->\n")
     assert report.fill(filled, {"one": run}) == filled
 
 

@@ -43,7 +43,7 @@ def test_a_plan_says_of_every_token_where_it_goes_and_what_it_sees(pieces: bool)
     numbers = random.Random(7)
     for _ in range(50):
         batch = Batch(items=tuple(items(numbers)))
-        step, words = Step(num_tokens=batch.num_tokens, size=SIZE), batch.pack()
+        step, words = Step(num_tokens=batch.num_tokens, size=SIZE), batch.words
         room, wanted = own().plan(step, words, pieces=pieces)
         num, first = batch.num_tokens, 0
         tokens, singles, prompts, rows = list[tuple[int, ...]](), list[tuple[int, ...]](), list[tuple[int, ...]](), []

@@ -60,6 +60,6 @@ class Driver:
             )
         )
         with torch.inference_mode():
-            planned = plan(Batch.unpack(batch.pack()), self.cache, self.context.device, None)
+            planned = plan(Batch.unpack(batch.words), self.cache, self.context.device, None)
             out = self.model.logits(self.model(planned, self.cache))
         return [] if out is None else list(out.split([i.num_logits for i in batch.items]))

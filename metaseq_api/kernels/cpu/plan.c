@@ -3,7 +3,7 @@
 
 enum { HEAD = 5, TOKENS = 16 }; /* words before an item's tokens; a piece's */
 
-/* Words as `Batch.pack` in core/batch.py writes them; they must outlive the step. `room`: for 7 numbers of each token, first the
+/* Words as `Batch.words` in core/batch.py has them; they must outlive the step. `room`: for 7 numbers of each token, first the
  * tokens and their positions, and 4 of each item. `wanted`: the rows whose logits are; gives how many. Without `pieces` prompts
  * are attended elsewhere. */
 long metaseq_plan(const int32_t *words, step *s, int32_t *room, int64_t *wanted, int pieces) {
