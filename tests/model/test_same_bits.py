@@ -29,7 +29,7 @@ MOST = 520
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only torch's own operations, as where there is no compiler."""
     for module in (layers, opt, paths):
-        monkeypatch.setattr(module, "native", lambda: None)
+        monkeypatch.setattr(module, "native_for", lambda dtype, device: None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

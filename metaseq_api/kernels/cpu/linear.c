@@ -48,7 +48,7 @@ static void multiply(const bf16 *x, long stride, int rows, const bf16 *panel, lo
     }
     if (rows <= 16) {
         for (long s = 0; s < steps; s++, x += STEP, panel += 1024) {
-            _mm_prefetch((const char *)(panel + 8192), _MM_HINT_T0);
+            for (int l = 0; l < lines; l++, ahead += 32) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
             _tile_loadd(4, x, stride * 2);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + 512, 64);
@@ -107,12 +107,14 @@ typedef struct {
     int relu, bytes;
 } linear_job;
 
-/* Inputs from i on of a panel, by all rows of a chunk: while the first rows are multiplied, the last ones fetch `ahead`. */
+/* Inputs from i on of a panel, by all rows of a chunk, which fetch what comes next meanwhile: where only one pass is made over
+ * each panel, 8 KB ahead. */
 static void multiply_part(const linear_job *j, long p, long first, long last, long i, float *sums) {
     long steps = least(j->num_inputs - i, PART) / STEP, inputs = j->num_inputs, tall = up_to(last - first, 32) / 32;
-    /* the next part of this panel, or the first of the one that this thread probably takes next */
-    const bf16 *ahead = j->packed + (i + PART < inputs ? p * inputs + i + PART : (p + j->threads) % j->panels * inputs) * PANEL;
-    int lines = tall > 1 ? up_to(32, tall) / tall : 0, low = -1, high = -1;
+    /* the next part of this panel, or the first of the one that this thread takes next */
+    const bf16 *ahead = j->packed + (i + PART < inputs ? p * inputs + i + PART : (p + 1) % j->panels * inputs) * PANEL;
+    if (tall == 1) ahead = j->packed + (p * inputs + i) * PANEL + 4096;
+    int lines = up_to(32, tall) / tall, low = -1, high = -1;
     for (long t = first; t < last; t += 32, sums += 32 * PANEL, ahead += steps * lines * 32) {
         int rows = least(last - t, 32);
         if (low != least(rows, 16) || high != rows - low) {

@@ -35,7 +35,10 @@ INLINE void multiply_wide(const float *x, long stride, const int rows, const cha
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) _mm512_store_ps(keep + i * WIDE + j * 16, w[j]);
 #pragma GCC unroll 4
-        for (long l = 0; l < column; l += 64) _mm_prefetch(panel + 4096 + l, _MM_HINT_T0);
+        for (long l = 0; l < column; l += 64) { /* a few rows wait for memory, many for the second cache */
+            if (rows < TALL) _mm_prefetch(panel + 8192 + l, _MM_HINT_T1);
+            else _mm_prefetch(panel + 4096 + l, _MM_HINT_T0);
+        }
         _mm_prefetch(ahead + i * line, _MM_HINT_T1);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
