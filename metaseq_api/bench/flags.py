@@ -89,7 +89,7 @@ def _load(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b")
     p.add_argument("--layouts", choices=sorted(LAYOUTS), nargs="+", default=list(LAYOUTS))
     p.add_argument("--ranks", type=_count, nargs="+", default=[1, 2])
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of what is kept (default: fp32)")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of what is computed (default: fp32)")
     p.add_argument("--rounds", type=_count, default=3)
     p.add_argument(
         "--folder", type=Path, required=True, help="where 6 bytes a parameter are free; files are kept there"

@@ -151,7 +151,7 @@ def measure_load(args: Args, say: Say) -> Outcome:
     files = {layout: files[layout] for layout in args.layouts}
     found = load.measure(files, args.ranks, args.rounds, args.dtype, say)
     total = sum(path.stat().st_size for path in files[args.layouts[0]])
-    how = f"load: as {args.dtype} on the CPU, once, packing included"
+    how = f"load: to compute in {args.dtype} on the CPU, once, packing included"
     return Outcome(
         lines=load.cells(found),
         figures={" ".join(map(str, key)): [dataclasses.asdict(run) for run in runs] for key, runs in found.items()},
