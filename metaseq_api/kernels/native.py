@@ -84,7 +84,7 @@ class Native:
 
     def takes(self, num_inputs: int, dtype: torch.dtype) -> bool:
         """Whether `linear` has a way for such a weight and rows of `dtype`."""
-        return dtype == torch.float32 or (dtype == torch.bfloat16 and num_inputs % INPUTS == 0)
+        return self.computes(dtype) and (dtype == torch.float32 or num_inputs % INPUTS == 0)
 
     @staticmethod
     def kept_in(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -121,6 +121,7 @@ class Native:
         """relu?(x W^T + b) + residual, rounded once at the end, to x's dtype or fp32; into the first rows of `room`
         where it has so many. The weight was packed for rows of x's dtype. Shapes: -> [T, O]."""
         num, inputs = x_TI.shape
+        assert self.computes(x_TI.dtype)
         assert packed.dtype == self.kept_in(packed.dtype, x_TI.dtype)
         assert x_TI.stride(1) == 1
         assert inputs == packed.shape[1]

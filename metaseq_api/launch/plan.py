@@ -1,7 +1,8 @@
 """How a model is laid over nodes and GPUs, and whether it fits, before anything is submitted.
 
 Knows the model's numbers and what nodes have. Does not know files, torch or SLURM's commands. What a rank needs is
-counted as `model.memory` counts it once it runs there; a test holds the two together.
+counted as `model.memory` counts it once it runs there, where a test holds the two together; only what a CPU's kernels
+save by keeping halves is not known here.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def plan(
     if weights + step + (asked or least) * block > free:
         split = "split the model further (--model-parallel), or take a smaller --dtype or --max-seq-len"
         raise MemoryTooSmall(
-            f"a rank has {free / GIB:.2f} GiB free on {device} and needs {(weights + step) / GIB:.2f} GiB for weights "
-            f"and a step's values and {(asked or least) * block / GIB:.2f} GiB for "
+            f"a rank has {free / GIB:.2f} GiB free on {device} and needs {(weights + step) / GIB:.2f} GiB for weights"
+            f"{' and the values of a step' if step else ''}, and {(asked or least) * block / GIB:.2f} GiB for "
             f"{'CACHE_TOKENS' if asked else 'one sequence'}; "
             + ("lower CACHE_TOKENS" if asked and asked > least else split)
         )

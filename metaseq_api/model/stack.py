@@ -42,7 +42,7 @@ class Part(Protocol):
 
 
 Parts = Seq[Part | None]
-"""Of one layer, in the order of `kernels.native.Layer`, None where there is none."""
+"""Of one layer, in the order of `kernels.structs.Layer`, None where there is none."""
 
 
 class Stack:

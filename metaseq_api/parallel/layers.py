@@ -179,8 +179,9 @@ class VocabEmbedding(nn.Module):
         self.start, stop = self.context.span(table.shape[0])
         rows = table.read(0, self.start, stop)
         self.table = rows.to(self.context.device, self.output.dtype)
-        if output is None:  # a GPU keeps one, a CPU packs its own, from what was stored
-            self.output.keep(self.table if self.context.device.type == "cuda" else rows, None)
+        if output is None:  # kernels of our own pack what was stored, all others share the table, or pack it
+            own = native_for(self.output.dtype, self.context.device)
+            self.output.keep(self.table if own is None else rows, None)
         else:
             self.output.load([output], [])
 

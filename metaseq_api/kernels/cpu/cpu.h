@@ -1,5 +1,5 @@
-/* What a CPU with AVX-512 runs of our own, in bf16 where it has AMX too: the plan of a step, the lookup of its tokens, linear layers, norms and attention over
- * the paged cache in bf16 and fp32, and the choice of tokens.
+/* What a CPU with AVX-512 runs of our own, in bf16 where it has AMX too: the plan of a step, the lookup of its tokens, linear
+ * layers, norms and attention over the paged cache in bf16 and fp32, and the choice of tokens.
  *
  * A row's bits depend on that row and on what it attends to, never on how many rows there are, on threads, or on where
  * blocks lie: every sum runs over its terms in one fixed order, and threads share out outputs, never terms.

@@ -103,7 +103,7 @@ static void finish(const float *sums, int rows, int num, const bf16 *bias, const
 typedef struct {
     const bf16 *x, *packed, *bias, *residual;
     char *y;
-    long stride, num_rows, num_inputs, num_outputs, panels, threads;
+    long stride, num_rows, num_inputs, num_outputs, panels;
     int relu, bytes;
 } linear_job;
 
@@ -142,6 +142,6 @@ static void linear_piece(const void *about, long piece) {
 void metaseq_linear(const bf16 *x, long stride, const bf16 *packed, const bf16 *bias, const bf16 *residual, char *y,
                     long num_rows, long num_inputs, long num_outputs, int relu, int bytes, int threads) {
     long panels = up_to(num_outputs, PANEL) / PANEL;
-    linear_job job = {x, packed, bias, residual, y, stride, num_rows, num_inputs, num_outputs, panels, threads, relu, bytes};
+    linear_job job = {x, packed, bias, residual, y, stride, num_rows, num_inputs, num_outputs, panels, relu, bytes};
     share_out(panels * (up_to(num_rows, CHUNK) / CHUNK), linear_piece, &job, threads);
 }

@@ -3,7 +3,7 @@
 
 enum { WIDE = 64, TALL = 6 };
 
-/* How a panel is stored (`native.py` counts so too). A half is widened without a rounding: the products are the same. */
+/* How a panel is stored (`structs.py` counts so too). A half is widened without a rounding: the products are the same. */
 enum { FP32, FP16, BF16 };
 
 INLINE size_t stored_bytes(int stored) { return stored == FP32 ? 4 : 2; }
@@ -35,7 +35,7 @@ INLINE void multiply_wide(const float *x, long stride, const int rows, const cha
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) _mm512_store_ps(keep + i * WIDE + j * 16, w[j]);
 #pragma GCC unroll 4
-        for (long l = 0; l < column; l += 64) { /* a few rows wait for memory, many for the second cache */
+        for (long l = 0; l < column; l += 64) { /* fewer rows wait for memory, many for the second cache */
             if (rows < TALL) _mm_prefetch(panel + 8192 + l, _MM_HINT_T1);
             else _mm_prefetch(panel + 4096 + l, _MM_HINT_T0);
         }
