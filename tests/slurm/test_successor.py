@@ -77,7 +77,7 @@ def test_the_next_job_is_ready_before_this_one_goes_and_nobody_who_asks_the_prox
 
 def test_a_next_job_that_waits_is_told_and_is_stopped_with_the_service(manage: Manage, registry: Registry) -> None:
     assert manage(*SUBMIT, "--exclusive", "--nodelist", "fake1")[0] == 0
-    until(lambda: states(registry).get(1) == "queued", "the next one to wait", 90)
+    until(lambda: states(registry).get(1) == "queued", "the next one to wait", 180)
     code, out, _ = manage("status", "a")
     assert code == 0
     assert re.search(r"a +job \d+ +ready +1 of 1 ready http://fake1:\d+; member 1 queued: ", out)
