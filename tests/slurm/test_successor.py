@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 SHORT = {"prompt": "Return the", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 LONG = {"prompt": "Return the", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
-SUBMIT = ["submit", "--gpus", "0", "--name", "a", "--time", "1", "--signal", "B:USR1@2", "--successor"]
+# two minutes: SLURM looks at time limits every 30 s and sends its signal so much too early; of one minute that is half,
+# when the next job is submitted
+SUBMIT = ["submit", "--gpus", "0", "--name", "a", "--time", "2", "--signal", "B:USR1@2", "--successor"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_the_next_job_is_ready_before_this_one_goes_and_nobody_who_asks_the_prox
 
 def test_a_next_job_that_waits_is_told_and_is_stopped_with_the_service(manage: Manage, registry: Registry) -> None:
     assert manage(*SUBMIT, "--exclusive", "--nodelist", "fake1")[0] == 0
-    until(lambda: states(registry).get(1) == "queued", "the next one to wait", 180)
+    until(lambda: states(registry).get(1) == "queued", "the next one to wait", 90)
     code, out, _ = manage("status", "a")
     assert code == 0
     assert re.search(r"a +job \d+ +ready +1 of 1 ready http://fake1:\d+; member 1 queued: ", out)
