@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_AMX = {"amx_tile", "amx_bf16", "avx512_bf16"}
 _WAITS = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}  # 250 us by GNU's OpenMP; 1 ms, the least, by Intel's
 
 
@@ -16,12 +18,12 @@ def num_cores() -> int:
 
 def has_avx512(about: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether kernels of our own may serve (`kernels.native`), in fp32 at least."""
-    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= _features(about)
+    return _features(about) >= _AVX512
 
 
 def has_amx(about: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether they may in bf16 too: this machine's processors multiply by tiles."""
-    return has_avx512(about) and {"amx_tile", "amx_bf16", "avx512_bf16"} <= _features(about)
+    return _features(about) >= _AVX512 | _AMX
 
 
 def _features(about: Path) -> set[str]:

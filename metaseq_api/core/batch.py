@@ -67,7 +67,7 @@ class Batch:
         return out
 
     @staticmethod
-    def unpack(words: array[int]) -> Batch:
+    def unpack(words: Seq[int]) -> Batch:
         """The inverse of `words`."""
         items, at = [], 1
         for _ in range(words[0]):
@@ -84,6 +84,4 @@ class Batch:
                 )
             )
             at = end
-        found = Batch(items=tuple(items))
-        found.__dict__["words"] = words
-        return found
+        return Batch(items=tuple(items))

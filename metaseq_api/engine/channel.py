@@ -78,7 +78,7 @@ class Channel:
             words = torch.cat([self._buffer[2:], rest])
         if kind == Order.HEARTBEAT:
             dist.send(torch.tensor([self._context.rank], dtype=torch.int32), 0, group=self._context.control)
-        return Order(kind), Batch.unpack(array("i", words.tolist())) if kind == Order.STEP else None
+        return Order(kind), Batch.unpack(words.tolist()) if kind == Order.STEP else None
 
     def _send(self, order: Order, words: array[int]) -> None:
         if self._alone:

@@ -78,6 +78,5 @@ def plan(
 
 def _step_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, tensor_size: int) -> int:
     """What a step of so many tokens holds of one layer: its input and norm, q, k, v, attention, and the ffn's rows."""
-    return (
-        num_tokens * (2 * config.hidden_dim + (4 * config.hidden_dim + config.ffn_dim) // tensor_size) * dtype.itemsize
-    )
+    width, split = config.hidden_dim, 4 * config.hidden_dim + config.ffn_dim
+    return num_tokens * (2 * width + split // tensor_size) * dtype.itemsize
