@@ -59,8 +59,7 @@ def run_rank(
     """
     startup = StartUp.of_this_process(supervised=rank.supervised)
     with recorded(settings, rank, sock) as recorder:
-        ready = prepare(settings, rank, open_weights)
-        startup.lap("checkpoint")
+        ready = prepare(settings, rank, open_weights, startup)
         with _front_end(settings, ready, sock) as front:
             return _be_rank(settings, ready, rank, front, terms, recorder, startup)
 

@@ -34,6 +34,14 @@ def _features(about: Path) -> set[str]:
         return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def cache_home() -> Path:
+    """Where the user keeps what can be made anew. Raises: RuntimeError where nobody knows.
+
+    Source: XDG Base Directory Specification.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def let_threads_rest() -> None:
     """Where our own kernels compute, have torch's threads sleep soon after there is nothing for them to do.
 

@@ -59,8 +59,11 @@ class Prepared:
     threads: int
 
 
-def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_checkpoint) -> Prepared:
+def prepare(
+    settings: Settings, rank: RankInfo, open_weights: Opener = open_checkpoint, startup: StartUp | None = None
+) -> Prepared:
     """Check everything that can be checked cheaply. Raises: MetaseqApiError."""
+    startup = startup or StartUp.of_this_process(supervised=False)
     checkpoint = open_weights(settings.checkpoint)
     config = checkpoint.config
     config.check_parallel(rank.world_size)
@@ -80,7 +83,19 @@ def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_chec
     )
     device = _device(settings, rank)
     dtype = DTYPES[settings.dtype or (config.dtype if device.type == "cuda" else "fp32")]
-    kept = kept_in(DTYPES[config.dtype], dtype, device)
+    with startup.inside("compiling", around="checkpoint"):  # kernels for this CPU, where nobody has before
+        kept = kept_in(DTYPES[config.dtype], dtype, device)
+    memory = plan(
+        config,
+        settings,
+        dtype=dtype,
+        kept=kept,
+        device=device,
+        tensor_size=rank.world_size,
+        ranks_here=rank.local_world_size,
+        max_seq_len=max_seq_len,
+    )
+    startup.lap("checkpoint")
     return Prepared(
         checkpoint=checkpoint,
         config=config,
@@ -90,16 +105,7 @@ def prepare(settings: Settings, rank: RankInfo, open_weights: Opener = open_chec
         kept=kept,
         max_seq_len=max_seq_len,
         threads=settings.threads or max(1, torch.get_num_threads() // rank.local_world_size),
-        memory=plan(
-            config,
-            settings,
-            dtype=dtype,
-            kept=kept,
-            device=device,
-            tensor_size=rank.world_size,
-            ranks_here=rank.local_world_size,
-            max_seq_len=max_seq_len,
-        ),
+        memory=memory,
     )
 
 
@@ -132,7 +138,7 @@ def load(
     ahead = settings.run_ahead if settings.run_ahead is not None else ready.device.type == "cuda"
     worker = Worker(model, cache, graphs=settings.cuda_graphs, max_ahead=settings.max_batch_size if ahead else 0)
     startup.lap("cache")
-    worker.prepare(settings.max_batch_size)
+    worker.prepare(settings.max_batch_size, first=True)  # the rest when there is nothing else to do
     startup.lap("steps")
     return worker
 

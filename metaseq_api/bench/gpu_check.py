@@ -41,7 +41,7 @@ class Section:
 
 SECTIONS = (
     Section(name="kernels", limit_s=90, decides=True),
-    Section(name="parity tiny", limit_s=120, decides=True),
+    Section(name="parity tiny", limit_s=150, decides=True),
     Section(name="parity opt-125m", limit_s=60, decides=True),
     Section(name="parity opt-1.3b", limit_s=60, decides=True),
     Section(name="greedy opt-125m", limit_s=60, decides=True),

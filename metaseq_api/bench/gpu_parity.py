@@ -8,8 +8,8 @@ Face's, unless the two are nearer to each other than what the dtype errs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,16 @@ from metaseq_api.model.cache import KVCache
 from metaseq_api.model.decode_step import DecodeSteps
 from metaseq_api.model.opt import OPT
 from metaseq_api.model.paged import plan_paged
-from metaseq_api.model.paths import decode_kernel, plan
+from metaseq_api.model.paths import gpu_kernels, plan, starts_early
 from metaseq_api.model.weights import DeviceWeights
 from metaseq_api.parallel.context import ParallelContext
 
 ATOL, WORSE = 1e-4, 1.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNEL_ATOL = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}
+WIDTHS = {"fp32": (64, 80), "bf16": (64, 80, 96, 128, 256), "fp16": (64, 80)}
+"""Of heads, by dtype; each is compiled."""
+EARLY_WIDTHS = {"bf16": (64, 80, 128)}
 BLOCK = 16
 VOCAB = 4096
 TINY = {
@@ -83,7 +87,7 @@ class Check:
 
 def ways(model: OPT, cache: KVCache) -> dict[str, Run]:
     """Every way to run a step on this device, by name."""
-    device, kernel = model.context.device, decode_kernel(model.context.device)
+    device, kernels = model.context.device, gpu_kernels(model.context.device)
 
     def whole(planner: Callable[[Batch], object]) -> Run:
         def run(batch: Batch) -> Tensor:
@@ -105,16 +109,20 @@ def ways(model: OPT, cache: KVCache) -> dict[str, Run]:
 
     out = {
         "plain torch": whole(lambda batch: plan(batch, cache, device, None)),
-        "paged, plain": whole(lambda batch: plan_paged(batch, cache, device, reference.decode_attention)),
+        "paged, plain": whole(lambda batch: plan_paged(batch, cache, device, reference.PLAIN)),
     }
     best = "paged, plain"
-    if kernel is not None:
+    if kernels is not None:
         best = "paged, Triton"
-        out[best] = whole(lambda batch: plan_paged(batch, cache, device, kernel))
-    uncaptured = DecodeSteps(model, cache, kernel or reference.decode_attention, capture=False)
+        out[best] = whole(lambda batch: plan_paged(batch, cache, device, kernels))
+    uncaptured = DecodeSteps(model, cache, kernels or reference.PLAIN, capture=False)
     out["fixed buffers"] = stepped(uncaptured, out[best])
-    if kernel is not None:
-        out["CUDA graph"] = stepped(DecodeSteps(model, cache, kernel), out[best])
+    if kernels is not None:
+        out["CUDA graph"] = stepped(DecodeSteps(model, cache, kernels), out[best])
+    if kernels is not None and model.dtype == torch.bfloat16 and starts_early(device):
+        early = gpu_kernels(device, early=True)
+        assert early is not None
+        out["CUDA graph, early starts"] = stepped(DecodeSteps(model, cache, early), out[best])
     return out
 
 
@@ -162,23 +170,45 @@ def parity(device: torch.device, shape: str) -> Iterator[Check]:
 
 def kernels(device: torch.device) -> Iterator[Check]:
     """The kernels alone, against plain torch on the same numbers: every width, long contexts, many sequences."""
-    if decode_kernel(device) is None:
+    ours = gpu_kernels(device)
+    if ours is None:
         return
-    from metaseq_api.kernels.decode_attention import decode_attention  # need Triton
-    from metaseq_api.kernels.row_linear import row_linear
+    yield from alone(ours, device, WIDTHS)
+    early = gpu_kernels(device, early=True)
+    if early is not None and starts_early(device):
+        for check in alone(early, device, EARLY_WIDTHS):
+            yield replace(check, what=f"{check.what}, early starts")
 
+
+def alone(
+    ours: reference.Kernels, device: torch.device, widths: Mapping[str, tuple[int, ...]], *, inputs: int = 5120
+) -> Iterator[Check]:
+    """These kernels in some dtypes, attention for heads of some widths, linear layers of so many inputs."""
     generator = torch.Generator(device).manual_seed(0)
-    for dtype, atol in (("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-3)):
-        for width in (64, 80, 96, 128, 256) if dtype == "bf16" else (64, 80):  # compiling each takes a second
+    for dtype in widths:
+        atol = KERNEL_ATOL[dtype]
+        for width in widths[dtype]:
             for contexts in ([2048], [1, 700, 0, 33], [200 + i for i in range(40)]):
-                got, want = _decode_both(decode_attention, contexts, width, DTYPES[dtype], device, generator)
+                got, want = _decode_both(ours.decode_attention, contexts, width, DTYPES[dtype], device, generator)
                 name = f"decode attention, {dtype}, head width {width}, {len(contexts)} sequences"
                 yield Check(what=name, error=float((got.float() - want.float()).abs().max()), bound=atol)
-        shapes = [(1, 5120), (15360, 5120), (15360,), (1, 15360)]
-        x, w, b, r = (torch.randn(s, generator=generator, device=device).to(DTYPES[dtype]) for s in shapes)
-        got, want = row_linear(x, w, b, r, relu=True), reference.row_linear(x, w, b, r, relu=True)
-        error = float(((got.float() - want.float()).abs() / (1 + want.float().abs())).max())
-        yield Check(what=f"one-row linear, {dtype}", error=error, bound=atol)
+        wide = 3 * inputs
+        shapes = [(1, inputs), (wide, inputs), (wide,), (1, wide), (inputs,), (inputs,), (70, inputs), (70, inputs)]
+        made = [torch.randn(s, generator=generator, device=device).to(DTYPES[dtype]) for s in shapes]
+        x, w, b, r, norm_w, norm_b, xs, ys = made
+        norm = reference.NormWeights(norm_w, norm_b, 1e-5)
+        for name, kind in (("", None), (" with a norm", norm)):
+            got, want = (k.row_linear(x, w, b, r, norm=kind, relu=True) for k in (ours, reference.PLAIN))
+            yield Check(what=f"one-row linear{name}, {dtype}", error=_relative(got, want), bound=atol)
+        sums = [k.add_norm(xs, ys, norm) for k in (ours, reference.PLAIN)]
+        for name, got, want in zip(("sum", "norm of a sum"), *sums, strict=True):
+            yield Check(what=f"{name}, {dtype}", error=_relative(got, want), bound=atol)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    """The largest error beside its number, or beside what is usual where that is smaller."""
+    wanted = want.float()
+    return float(((got.float() - wanted).abs() / (wanted.std() + wanted.abs())).max())
 
 
 def _decode_both(

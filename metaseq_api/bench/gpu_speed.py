@@ -25,8 +25,10 @@ from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.sampler import Row, Sampler
 from metaseq_api.engine.worker import Worker
 from metaseq_api.kernels import have_triton
+from metaseq_api.kernels.reference import NormWeights
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT
+from metaseq_api.model.paths import gpu_kernels, starts_early
 from metaseq_api.model.weights import DeviceWeights
 from metaseq_api.parallel.context import ParallelContext
 from metaseq_api.scheduling.blocks import BlockPool
@@ -138,6 +140,10 @@ def latency(config: ModelConfig, device: torch.device, dtype: torch.dtype, *, qu
     yield f"step of one sequence of {context} tokens, back to back", spent * 1e3, "ms"
     yield "  of the copy's bandwidth", token_bytes(config, dtype, context) / spent / peak, ""
     yield "  without a graph", step(Worker(worker.model, worker.cache, graphs=False)) * 1e3, "ms"
+    if have_triton() and starts_early(device):
+        early = Worker(worker.model, worker.cache, kernels=gpu_kernels(device, early=True))
+        early.prepare(1)
+        yield "  each kernel started before the one before has ended", step(early) * 1e3, "ms"
     engine = make_engine(worker)
 
     def ask(by: Engine, length: int, num: int, seed: int) -> float:
@@ -244,6 +250,10 @@ def tune(device: torch.device) -> Iterator[Figure]:
         yield f"{outputs} x {inputs}: torch", share(lambda w, x=x, b=b: torch.nn.functional.linear(x, w, b)), ""  # type: ignore[misc]
         for shape in ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (8, 1024, 8)):
             yield f"  ours, {shape}", share(lambda w, x=x, b=b, s=shape: row_linear(x, w, b, shape=s)), ""  # type: ignore[misc]
+        norm = NormWeights(x[0], x[0], 1e-5)
+        yield "  ours, with a norm", share(lambda w, x=x, b=b, n=norm: row_linear(x, w, b, norm=n)), ""  # type: ignore[misc]
+        if starts_early(device):
+            yield "  ours, started early", share(lambda w, x=x, b=b: row_linear(x, w, b, early=True)), ""  # type: ignore[misc]
 
 
 def greedy(config: ModelConfig, device: torch.device) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from metaseq_api.bench.reshard import check_room, make_shards
+from metaseq_api.bench.reshard import check_room, drop, make_shards
 from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
@@ -92,17 +92,6 @@ def measure(
                     figures.setdefault((layout, num, "warm", way), []).append(run(way, paths, num, dtype))
                 say(f"{LAYOUTS[layout]} over {num} rank(s): round {turn + 1} of {rounds} done")
     return figures
-
-
-def drop(paths: Sequence[Path]) -> None:
-    """Take the files' pages out of the page cache; those not yet on the disk are written first."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)
 
 
 def run(way: str, paths: Sequence[Path], num_ranks: int, dtype: str) -> Figure:

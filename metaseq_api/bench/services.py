@@ -56,9 +56,15 @@ def command(of: Subject) -> list[str]:
 
 
 @contextmanager
-def service(of: Subject) -> Iterator[Service]:
-    """A service that is ready. Raises: ServiceError with what it said where it ended before."""
-    with subprocess.Popen(command(of), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+def service(of: Subject, *, kept: Path | None = None) -> Iterator[Service]:
+    """A service that is ready. Raises: ServiceError with what it said where it ended before.
+
+    kept: a folder for what it compiles; None: the user's.
+    """
+    told = [] if kept is None else ["env", f"XDG_CACHE_HOME={kept}", f"TRITON_CACHE_DIR={kept / 'triton'}"]
+    with subprocess.Popen(
+        [*told, *command(of)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stderr
             lines: list[str] = []

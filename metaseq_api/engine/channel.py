@@ -1,6 +1,6 @@
 """Orders from the driver to the other ranks: plain integers over gloo, never a pickle.
 
-Knows three orders: run this Batch, still here, stop. Does not know what a rank does with them.
+Knows four orders: run this Batch, prepare for the next, still here, stop. Does not know what a rank does with them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Order(IntEnum):
     STOP = 0
     STEP = 1
     HEARTBEAT = 2
+    PREPARE = 3
 
 
 class Channel:
@@ -57,6 +58,10 @@ class Channel:
     def send_batch(self, batch: Batch) -> None:
         """Driver: have every rank run `batch`."""
         self._send(Order.STEP, array("i") if self._alone else batch.words)
+
+    def send_prepare(self) -> None:
+        """Driver: have every rank make what is missing next (`Worker.prepare_next`)."""
+        self._send(Order.PREPARE, array("i"))
 
     def send_heartbeat(self) -> None:
         """Driver: show that it lives, and learn that the others do. Raises: RuntimeError when one is lost."""

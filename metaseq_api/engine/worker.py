@@ -15,9 +15,9 @@ from torch import Tensor
 from metaseq_api.core import Batch
 from metaseq_api.engine.channel import Channel, Order
 from metaseq_api.model.cache import KVCache
-from metaseq_api.model.decode_step import DecodeSteps, known
+from metaseq_api.model.decode_step import DecodeSteps, known, ladder
 from metaseq_api.model.opt import OPT
-from metaseq_api.model.paths import decode_kernel, plan
+from metaseq_api.model.paths import GpuKernels, gpu_kernels, plan
 
 LOGIT_ROWS = 256
 """Rows turned into logits at once: 256 x 50272 fp32 numbers are 51 MB, whatever a prompt to be scored is long."""
@@ -26,28 +26,59 @@ LOGIT_ROWS = 256
 class Worker:
     """One rank's model and cache. With `graphs`, a GPU replays its decode steps.
 
-    max_ahead: how many tokens the driver may leave unread; 0: none, it waits for each step.
+    max_ahead: how many tokens the driver may leave unread; 0: none, it waits for each step. kernels: others than the
+    device's usual ones.
     """
 
-    def __init__(self, model: OPT, cache: KVCache, *, graphs: bool = True, max_ahead: int = 0) -> None:
+    def __init__(
+        self,
+        model: OPT,
+        cache: KVCache,
+        *,
+        graphs: bool = True,
+        max_ahead: int = 0,
+        kernels: GpuKernels | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self._drawn = torch.zeros(max_ahead, dtype=torch.int32, device=model.context.device) if max_ahead else None
         self._room: Tensor | None = None
         self._takes_room: bool = model.embed.output.takes_room
-        self._kernel = decode_kernel(model.context.device)
+        self._kernels = kernels or gpu_kernels(model.context.device)
         self._decode: DecodeSteps | None = None
-        if graphs and self._kernel is not None:
-            self._decode = DecodeSteps(model, cache, self._kernel, self._drawn)
+        self._missing: list[int] = []  # sizes of its steps that are still to be made, the last one next
+        self._wanted = False
+        if graphs and self._kernels is not None:
+            self._decode = DecodeSteps(model, cache, self._kernels, self._drawn)
 
     @property
     def runs_ahead(self) -> bool:
         return self._drawn is not None
 
-    def prepare(self, max_batch_size: int) -> None:
-        """Make now what steps of up to so many sequences would otherwise wait for."""
-        if self._decode is not None:
-            self._decode.prepare(max_batch_size)
+    def prepare(self, max_batch_size: int, *, first: bool = False) -> None:
+        """Make what steps of up to so many sequences are faster with; or the `first` part of it, which shows whether
+        there is memory for all, and leave the rest to `prepare_next`."""
+        self._missing = ladder(max_batch_size) if self._decode is not None else []
+        while self._missing:
+            self.prepare_next()
+            if first:
+                break
+
+    @property
+    def unprepared(self) -> bool:
+        """Whether there is something for `prepare_next` to do."""
+        return bool(self._missing)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the last step would have been faster with it."""
+        return self._wanted
+
+    def prepare_next(self) -> None:
+        """Make one more; every rank must, after the same step."""
+        assert self._decode is not None
+        self._decode.step(self._missing.pop())
+        self._wanted = False
 
     def run(self, batch: Batch) -> Iterator[Tensor | None]:
         """Run one step, and yield the wanted rows' logits in order, LOGIT_ROWS at a time.
@@ -57,9 +88,14 @@ class Worker:
         Shapes: [<= LOGIT_ROWS, V] fp32 on the driver; None on the others.
         """
         if self._decode is not None and self._decode.takes(batch):
-            yield self._decode.run(batch)
-            return
-        step = plan(batch, self.cache, self.model.context.device, self._kernel)
+            size = ladder(len(batch.items))[-1]
+            self._wanted = size in self._missing
+            if not self._wanted:
+                yield self._decode.run(batch)
+                return
+            self._missing.remove(size)
+            self._missing.append(size)
+        step = plan(batch, self.cache, self.model.context.device, self._kernels)
         if self._drawn is not None and any(i.token_ids[-1] < 0 for i in batch.items):
             step = replace(step, token_ids_T=known(step.token_ids_T, self._drawn))
         hidden_RE = self.model(step, self.cache)
@@ -86,6 +122,8 @@ def follow(worker: Worker, channel: Channel) -> None:
             order, batch = channel.receive()
             if order is Order.STOP:
                 return
+            if order is Order.PREPARE:
+                worker.prepare_next()
             if batch is not None:
                 for _ in worker.run(batch):
                     pass

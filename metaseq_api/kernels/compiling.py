@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from metaseq_api.machine import num_cores
+from metaseq_api.machine import cache_home, num_cores
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _build(compiler: str, sources: Sequence[Path], made: Path) -> None:
 def _folder() -> Path:
     """Where libraries are kept: the user's, or where that cannot be written, this process's alone."""
     try:
-        folder = Path.home() / ".cache" / "metaseq-api"
+        folder = cache_home() / "metaseq-api"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK) and all(_is_ours(place) for place in (folder, folder.parent)):
             return folder

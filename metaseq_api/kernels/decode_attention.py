@@ -18,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PROGRAMS = 512
 """Contexts are cut until about so many programs run: a few for each multiprocessor of a large GPU."""
 MOST_SPLITS = 16
-TILE_NUMBERS = 8192
-"""Numbers of a tile of keys (tokens times head width) that a program holds at once."""
+TILE_BYTES = 16384
+"""Of a tile of keys, tokens times head width, that a program holds at once, and as much of values."""
 
 
 # a step's integers lie at any address and tables are of any width: none of that shall compile another kernel
@@ -53,7 +54,11 @@ def _attend_part(  # type: ignore[no-untyped-def]
     W: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + b).to(tl.int64)
     context = tl.load(contexts_ptr + b)
@@ -80,10 +85,11 @@ def _attend_part(  # type: ignore[no-untyped-def]
         n = start + tl.arange(0, TILE)
         here = n < end
         block_N = tl.load(tables_ptr + b * table_width + n // SIZE, mask=here, other=0).to(tl.int64)
-        at_NW = (((block_N * heads + h) * SIZE + n % SIZE) * WIDTH)[:, None] + d[None, :]
-        inside = here[:, None] & (d < WIDTH)[None, :]
-        k_NW = tl.load(keys_ptr + at_NW, mask=inside, other=0.0).to(tl.float32)
-        v_NW = tl.load(values_ptr + at_NW, mask=inside, other=0.0).to(tl.float32)
+        inside_NW = ((h * SIZE + n % SIZE) * WIDTH)[:, None] + d[None, :]  # its block, in 32 bits
+        at_NW = block_N[:, None] * (heads * SIZE * WIDTH) + inside_NW
+        real = here[:, None] & (d < WIDTH)[None, :]
+        k_NW = tl.load(keys_ptr + at_NW, mask=real, other=0.0).to(tl.float32)
+        v_NW = tl.load(values_ptr + at_NW, mask=real, other=0.0).to(tl.float32)
         s_N = tl.where(here, tl.sum(q_W[None, :] * k_NW, 1), float("-inf"))
         higher = tl.maximum(most, tl.max(s_N, 0))
         p_N = tl.exp(s_N - higher)
@@ -104,8 +110,19 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # type: ignore[untyped-decorator, unused-ignore]
 def _join_parts(  # type: ignore[no-untyped-def]
-    rows_ptr, parts_ptr, stats_ptr, out_ptr, heads, WIDTH: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr
+    rows_ptr,
+    parts_ptr,
+    stats_ptr,
+    out_ptr,
+    heads,
+    WIDTH: tl.constexpr,
+    W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     b, h = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows_ptr + b).to(tl.int64)
     d, part_S = tl.arange(0, W), (b * heads + h) * SPLITS + tl.arange(0, SPLITS)
@@ -138,8 +155,12 @@ def decode_attention(
     scale: float,
     out_TX: Tensor,
     splits: int | None = None,
+    early: bool = False,
 ) -> None:
-    """What `reference.decode_attention` does, in one or two launches and without waiting for the GPU."""
+    """What `reference.decode_attention` does, in one or two launches and without waiting for the GPU.
+
+    early: each may start before the kernel before it has ended, which it then waits for.
+    """
     num, width = len(rows_B), q_THD.shape[2]
     heads, size = keys_PHSD.shape[1], keys_PHSD.shape[2]
     for x in (q_THD, k_THD, v_THD):
@@ -154,7 +175,8 @@ def decode_attention(
     # one part needs no room; the kernel then never touches these
     parts = out_TX if splits == 1 else q_THD.new_empty(num * heads * splits * padded, dtype=torch.float32)
     stats = out_TX if splits == 1 else q_THD.new_empty(num * heads * splits * 2, dtype=torch.float32)
-    constants: dict[str, Any] = {"WIDTH": width, "W": padded, "SPLITS": splits}
+    constants: dict[str, Any] = {"WIDTH": width, "W": padded, "SPLITS": splits, "EARLY": early}
+    constants |= {"launch_pdl": True} if early else {}
     _attend_part[(num, heads, splits)](
         q_THD,
         k_THD,
@@ -174,7 +196,7 @@ def decode_attention(
         heads,
         scale,
         SIZE=size,
-        TILE=max(16, TILE_NUMBERS // padded),
+        TILE=max(16, TILE_BYTES // (padded * q_THD.itemsize)),
         **constants,
     )
     if splits > 1:

@@ -41,7 +41,7 @@ class Native:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.metaseq_begin.argtypes = []
-        self._library.metaseq_pack.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT]
+        self._library.metaseq_pack.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT]
         self._library.metaseq_pack_wide.argtypes = [_ADDRESS, _ADDRESS, _LONG, _LONG, _INT, _INT]
         self._linear_wide = self._library.metaseq_linear_wide
         self._linear_wide.argtypes = [_ADDRESS, _LONG, _ADDRESS, _INT, *[_ADDRESS] * 3, *[_LONG] * 3, _INT, _INT]
@@ -96,14 +96,14 @@ class Native:
         """A weight in the order in which `linear` reads it for rows of `dtype`, O filled up to whole panels."""
         outputs, inputs = weight_OI.shape
         assert self.takes(inputs, dtype)
-        weight_OI = weight_OI.to(self.kept_in(weight_OI.dtype, dtype)).contiguous()
+        kept = self.kept_in(weight_OI.dtype, dtype)
+        rounds = kept == torch.bfloat16 and weight_OI.dtype == torch.float16  # as it is packed
+        weight_OI = weight_OI.contiguous() if rounds else weight_OI.to(kept).contiguous()
         panel = 64 if dtype == torch.float32 else 32
-        packed = torch.empty(-(-outputs // panel) * panel, inputs, dtype=weight_OI.dtype)
-        addresses, threads = (weight_OI.data_ptr(), packed.data_ptr()), torch.get_num_threads()
-        if dtype == torch.float32:
-            self._library.metaseq_pack_wide(*addresses, outputs, inputs, STORED[packed.dtype], threads)
-        else:
-            self._library.metaseq_pack(*addresses, outputs, inputs, threads)
+        packed = torch.empty(-(-outputs // panel) * panel, inputs, dtype=kept)
+        pack = self._library.metaseq_pack_wide if dtype == torch.float32 else self._library.metaseq_pack
+        numbers = (outputs, inputs, STORED[weight_OI.dtype], torch.get_num_threads())
+        pack(weight_OI.data_ptr(), packed.data_ptr(), *numbers)
         return packed
 
     def linear(

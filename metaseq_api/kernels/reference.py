@@ -6,10 +6,20 @@ S tokens of a block, D head width, X = H * D.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class NormWeights(NamedTuple):
+    """A layer norm's."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 class DecodeAttention(Protocol):
@@ -29,6 +39,36 @@ class DecodeAttention(Protocol):
         scale: float,
         out_TX: Tensor,
     ) -> None: ...
+
+
+class OneRow(Protocol):
+    """The one signature of every way to multiply a single row."""
+
+    def __call__(
+        self,
+        x_1I: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        residual_1O: Tensor | None = None,
+        *,
+        norm: NormWeights | None = None,
+        relu: bool = False,
+    ) -> Tensor: ...
+
+
+class AddNorm(Protocol):
+    """The one signature of every way to add and norm."""
+
+    def __call__(self, x_TD: Tensor, y_TD: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What the steps of a GPU are made of, beside torch's products of many rows."""
+
+    decode_attention: DecodeAttention
+    row_linear: OneRow
+    add_norm: AddNorm
 
 
 def decode_attention(
@@ -65,10 +105,29 @@ def row_linear(
     bias_O: Tensor | None,
     residual_1O: Tensor | None = None,
     *,
+    norm: NormWeights | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu?(x W^T + b) + residual, in fp32 and rounded once. Shapes: [1, I], [O, I], [O], [1, O] -> [1, O]."""
+    """relu?(norm?(x) W^T + b) + residual, in fp32, rounded at the end, and after a norm.
+
+    Shapes: [1, I], [O, I], [O], [1, O] -> [1, O].
+    """
+    x_1I = x_1I if norm is None else _normed(x_1I, norm)
     y = x_1I.float() @ weight_OI.float().t()
     y = y if bias_O is None else y + bias_O.float()
     y = y.relu() if relu else y
     return (y if residual_1O is None else y + residual_1O.float()).to(x_1I.dtype)
+
+
+def add_norm(x_TD: Tensor, y_TD: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """x + y, rounded, and the layer norm of that. Shapes: [T, D] each -> [T, D], [T, D]."""
+    sum_TD = x_TD + y_TD
+    return sum_TD, _normed(sum_TD, norm)
+
+
+def _normed(x_TD: Tensor, norm: NormWeights) -> Tensor:
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x_TD.float(), weight.shape, weight, bias, norm.eps).to(x_TD.dtype)
+
+
+PLAIN = Kernels(decode_attention=decode_attention, row_linear=row_linear, add_norm=add_norm)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from metaseq_api.core import Batch
-from metaseq_api.kernels.reference import DecodeAttention
+from metaseq_api.kernels.reference import Kernels
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.opt import OPT
 from metaseq_api.model.paged import PagedPlan, Singles, tables
@@ -52,9 +52,7 @@ def known(token_ids_T: Tensor, drawn: Tensor) -> Tensor:
 class DecodeStep:
     """One size: its input buffer, the plan that points into it, and what replays it."""
 
-    def __init__(
-        self, model: OPT, cache: KVCache, attention: DecodeAttention, size: int, drawn: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: OPT, cache: KVCache, kernels: Kernels, size: int, drawn: Tensor | None = None) -> None:
         self.model, self.cache, self.size, self._drawn = model, cache, size, drawn
         self.width = -(-model.config.max_positions // cache.block_size)
         device = model.context.device
@@ -63,7 +61,7 @@ class DecodeStep:
         rows = torch.arange(size, dtype=torch.int32, device=device)
         singles = Singles(rows_B=rows, contexts_B=contexts, tables_BN=blocks.view(size, self.width))
         self.plan = PagedPlan(
-            attention=attention, token_ids_T=tokens, positions_T=positions, logit_rows=rows, singles=singles
+            kernels=kernels, token_ids_T=tokens, positions_T=positions, logit_rows=rows, singles=singles
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._own_logits_BVn: Tensor
@@ -115,7 +113,8 @@ class DecodeStep:
 
 
 class DecodeSteps:
-    """The ladder of sizes over one model and cache, each made when it is first needed, or all at once.
+    """The ladder of sizes over one model and cache, each made when it is first asked for; the largest should be first,
+    for its memory serves all.
 
     drawn: where the tokens lie that the step before drew, if they need not be known here.
     """
@@ -124,12 +123,12 @@ class DecodeSteps:
         self,
         model: OPT,
         cache: KVCache,
-        attention: DecodeAttention,
+        kernels: Kernels,
         drawn: Tensor | None = None,
         *,
         capture: bool = True,
     ) -> None:
-        self._model, self._cache, self._attention, self._capture = model, cache, attention, capture
+        self._model, self._cache, self._kernels, self._capture = model, cache, kernels, capture
         self._drawn = drawn
         self._steps: dict[int, DecodeStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
@@ -140,20 +139,16 @@ class DecodeSteps:
 
     def run(self, batch: Batch) -> Tensor | None:
         """As DecodeStep.run."""
-        return self._step(ladder(len(batch.items))[-1]).run(batch)
+        return self.step(ladder(len(batch.items))[-1]).run(batch)
 
-    def prepare(self, largest: int) -> None:
-        """Make every size that steps of up to `largest` sequences need; the largest first, whose memory serves all."""
-        began = time.monotonic()
-        for size in reversed(ladder(largest)):
-            self._step(size)
-            log.info("decode step of %d sequences prepared, %.1f s so far", size, time.monotonic() - began)
-
-    def _step(self, size: int) -> DecodeStep:
+    def step(self, size: int) -> DecodeStep:
+        """That size, made if it was not yet."""
         step = self._steps.get(size)
         if step is None:
-            step = DecodeStep(self._model, self._cache, self._attention, size, self._drawn)
+            began = time.monotonic()
+            step = DecodeStep(self._model, self._cache, self._kernels, size, self._drawn)
             if self._capture:
                 step.capture(self._pool)
             self._steps[size] = step
+            log.info("decode step of %d sequences prepared in %.1f s", size, time.monotonic() - began)
         return step

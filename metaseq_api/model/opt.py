@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from metaseq_api.core import ModelConfig
 from metaseq_api.core.config import POSITION_OFFSET
 from metaseq_api.kernels.native import native_for
+from metaseq_api.kernels.reference import NormWeights
+from metaseq_api.model import fused
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.native import NativePlan
+from metaseq_api.model.paged import PagedPlan
 from metaseq_api.model.paths import Plan, attend_by
 from metaseq_api.model.stack import Stack, stack
 from metaseq_api.parallel.context import ParallelContext
@@ -47,6 +50,10 @@ class Norm(nn.Module):
             read_whole(weights.tensor(f"{name}.{leaf}")).to(self.context.device, self.dtype)
             for leaf in ("weight", "bias")
         )
+
+    @property
+    def weights(self) -> NormWeights:
+        return NormWeights(self.weight, self.bias, self.eps)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.native is not None:
@@ -83,6 +90,10 @@ class Layer(nn.Module):
             module.load([weights.tensor(f"{n}.weight") for n in names], biases)
         self.attn_norm.load(weights, f"{prefix}.self_attn_layer_norm")
         self.ffn_norm.load(weights, f"{prefix}.final_layer_norm")
+
+    @property
+    def parts(self) -> fused.Parts:
+        return fused.Parts(self.attn_norm, self.qkv, self.out, self.ffn_norm, self.fc1, self.fc2)
 
     def forward(self, x_TD: Tensor, plan: Plan, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """Shapes: [T, D] -> [T, D], or of the last layer [R, D], only the rows that are wanted."""
@@ -121,6 +132,7 @@ class OPT(nn.Module):
         self.project_out = Linear(context, dtype)
         self.layers = nn.ModuleList(Layer(config, context, dtype, i) for i in range(config.num_layers))
         self.norm = Norm(context, dtype, config.norm_eps)
+        self.fused = [layer.parts for layer in self.layers if isinstance(layer, Layer)]
         self.stack: Stack | None = None
 
     def load(self, weights: Weights) -> None:
@@ -176,6 +188,8 @@ class OPT(nn.Module):
             x_RD = self.stack.run(x_TD, plan, cache)
             return x_RD if self.config.pre_norm else self.layers[-1].get_submodule("ffn_norm")(x_RD)
         rows = None if len(plan.logit_rows) == len(x_TD) else plan.logit_rows
+        if isinstance(plan, PagedPlan) and self.config.pre_norm:
+            return fused.run(self.fused, x_TD, plan, cache, rows, self.config.activation)
         for layer in self.layers:
             x_TD = layer(x_TD, plan, cache, rows if layer is self.layers[-1] else None)
         return x_TD

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaseq_api.core import Batch, BatchItem
-from metaseq_api.kernels.reference import DecodeAttention
+from metaseq_api.kernels.reference import Kernels
 from metaseq_api.model.cache import KVCache
 from metaseq_api.parallel.transfer import put
 
@@ -48,7 +48,7 @@ class Piece:
 class PagedPlan:
     """A Batch as tensors on the GPU."""
 
-    attention: DecodeAttention
+    kernels: Kernels
     token_ids_T: Tensor
     positions_T: Tensor
     logit_rows: Tensor
@@ -61,7 +61,7 @@ class PagedPlan:
     """Nothing is wiped: what lies beyond a context is never read."""
 
 
-def plan_paged(batch: Batch, cache: KVCache, device: torch.device, attention: DecodeAttention) -> PagedPlan:
+def plan_paged(batch: Batch, cache: KVCache, device: torch.device, kernels: Kernels) -> PagedPlan:
     """Work out, once for all layers, what each token reads and where its keys and values go; one copy to the device."""
     size, items = cache.block_size, batch.items
     ends = np.cumsum([i.num_tokens for i in items])
@@ -87,7 +87,7 @@ def plan_paged(batch: Batch, cache: KVCache, device: torch.device, attention: De
     on = dict(zip(parts, torch.split(words, lengths), strict=True))
     blocks = torch.split(on["pieces"], [len(i.block_ids) for _, i in longer]) if longer else ()
     return PagedPlan(
-        attention=attention,
+        kernels=kernels,
         token_ids_T=on["tokens"],
         positions_T=on["positions"],
         logit_rows=on["logits"],
@@ -122,7 +122,7 @@ def attend_paged(
     for piece in plan.pieces:
         out_TX[piece.begin : piece.end] = _attend_piece(q_THD, k_THD, v_THD, piece, keys, values, scale)
     if plan.singles is not None:
-        plan.attention(
+        plan.kernels.decode_attention(
             q_THD,
             k_THD,
             v_THD,

@@ -12,24 +12,30 @@ from torch import Tensor
 from metaseq_api.core import Batch
 from metaseq_api.kernels import have_triton
 from metaseq_api.kernels.native import Native, native_for
-from metaseq_api.kernels.reference import DecodeAttention
+from metaseq_api.kernels.reference import Kernels
 from metaseq_api.model.attention import StepPlan, attend, plan_step
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.native import NativePlan, attend_native, plan_native
 from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
 Plan = StepPlan | PagedPlan | NativePlan
+GpuKernels = Kernels
 
 
-def decode_kernel(device: torch.device) -> DecodeAttention | None:
-    """The kernel for single tokens on this device, or None where torch's own operations serve."""
+def gpu_kernels(device: torch.device, *, early: bool = False) -> Kernels | None:
+    """Those that a step on this device is made of, or None where torch's own operations serve. early: `kernels.gpu`."""
     if device.type != "cuda" or not have_triton():
         return None
     import torch.nn.attention.bias  # noqa: F401  # takes seconds, for which no request shall wait later
 
-    from metaseq_api.kernels.decode_attention import decode_attention  # needs Triton
+    from metaseq_api.kernels.gpu import kernels  # needs Triton
 
-    return decode_attention
+    return kernels(early=early)
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel can start there before the one before has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def score_kernels(device: torch.device) -> Native | None:
@@ -37,10 +43,10 @@ def score_kernels(device: torch.device) -> Native | None:
     return native_for(torch.float32, device)
 
 
-def plan(batch: Batch, cache: KVCache, device: torch.device, kernel: DecodeAttention | None) -> Plan:
-    """A Batch as tensors on the device: by `paged` with a kernel for single tokens, else by `native` or `attention`."""
-    if kernel is not None:
-        return plan_paged(batch, cache, device, kernel)
+def plan(batch: Batch, cache: KVCache, device: torch.device, kernels: Kernels | None) -> Plan:
+    """A Batch as tensors on the device: by `paged` with these kernels, else by `native` or `attention`."""
+    if kernels is not None:
+        return plan_paged(batch, cache, device, kernels)
     own = native_for(cache.keys[0].dtype, device)
     return plan_step(batch, cache, device) if own is None else plan_native(batch, cache, own)
 

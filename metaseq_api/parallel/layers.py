@@ -96,7 +96,11 @@ class Linear(nn.Module):
             parts: list[Tensor] = [self.forward(few, activation) for few in torch.split(x, self.most)]
             return torch.cat(parts)
         if x.is_cuda and len(x) == 1 and activation != "gelu" and have_triton():
-            return _row_linear(x, self.weight, self.bias, relu=activation == "relu")
+            from metaseq_api.kernels.row_linear import row_linear  # needs Triton
+
+            return row_linear(x, self.weight, self.bias, relu=activation == "relu")
+        if x.is_cuda and activation == "relu" and self.bias is not None:
+            return torch._addmm_activation(self.bias, x, self.weight.t())
         if self.packed and activation != "gelu":
             fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
             return fused
@@ -104,6 +108,11 @@ class Linear(nn.Module):
         if activation == "relu":
             return F.relu(y)
         return F.gelu(y, approximate="tanh") if activation == "gelu" else y
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight lies as torch has it, [O, I]."""
+        return self.native is None and not self.packed
 
     @property
     def takes_room(self) -> bool:
@@ -128,9 +137,7 @@ class Linear(nn.Module):
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
             return y
-        if x.is_cuda:  # bias in the product's own kernel; with one row, all of it
-            if len(x) == 1 and have_triton():
-                return _row_linear(x, self.weight, self.bias, residual)
+        if x.is_cuda:  # bias in the product's own kernel
             return F.linear(x, self.weight, self.bias).add_(residual)
         return torch.addmm(residual, x, self.weight.t()) + self.bias if self.bias is not None else residual + self(x)
 
@@ -157,6 +164,10 @@ class RowLinear(Linear):
         (weight,) = weights
         bias = _cat([read_whole(b) for b in biases]) if biases and self.context.is_driver else None
         self.keep(weight.read(1, *self.context.span(weight.shape[1])), bias)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """x W^T + b over all ranks. Shapes: [T, In] -> [T, O]."""
+        return self.context.all_reduce(self(x))
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b over all ranks; the driver alone brings residual and bias into the sum."""
@@ -207,14 +218,6 @@ class VocabEmbedding(nn.Module):
         """All ranks' `own_logits` side by side. Shapes: [T, Vn] -> [T, V] in fp32 on the driver, None elsewhere."""
         parts = self.context.gather(own_logits)
         return None if parts is None else _cat(parts, dim=1).float()
-
-
-def _row_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = False
-) -> Tensor:
-    from metaseq_api.kernels.row_linear import row_linear  # needs Triton
-
-    return row_linear(x, weight, bias, residual, relu=relu)
 
 
 def _packs(device: torch.device, dtype: torch.dtype) -> bool:

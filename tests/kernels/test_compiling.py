@@ -31,11 +31,12 @@ def test_kernels_compile_for_a_hopper_gpu_without_spilling_and_with_wide_loads(t
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 10
+    assert len(kernels) == 21
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["reg"] <= 168, kernel
         assert kernel["wide"], kernel
+        assert kernel["waits"] == kernel["early"], kernel  # for the kernel before, once
 
 
 @needs_own

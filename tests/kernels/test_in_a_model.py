@@ -1,8 +1,9 @@
-"""A whole model whose decode steps attend by the Triton kernel (interpreted) gives Hugging Face's logits."""
+"""A whole model whose steps go by the Triton kernels (interpreted) gives Hugging Face's logits."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ if not have_triton():
     pytest.skip("triton is not installed; torch's CUDA builds bring it", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
+from metaseq_api.bench import gpu_parity
 from metaseq_api.core import Batch, BatchItem
-from metaseq_api.kernels.decode_attention import decode_attention
+from metaseq_api.kernels.gpu import kernels
 from metaseq_api.model.cache import KVCache
 from metaseq_api.model.decode_step import DecodeSteps
 from metaseq_api.model.opt import OPT
@@ -27,15 +29,17 @@ BLOCK = 16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str) -> None:
+def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)  # weights as they lie on a GPU
+    monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
     hf = tiny_opt(variant)
     model = OPT(config_of(hf), ParallelContext(), torch.float32)
     model.load(TensorWeights(metaseq_weights(hf)))
     cache = KVCache(model.config, ParallelContext(), torch.float32, num_blocks=12, block_size=BLOCK)
-    steps = DecodeSteps(model, cache, decode_attention, capture=False)
+    steps = DecodeSteps(model, cache, kernels(), capture=False)
     texts, tables = ([2, *range(9, 48)], [2, *range(60, 94)]), ((7, 3, 9), (0, 11, 4))
     done, got = [0, 0], ([], [])  # type: tuple[list[int], tuple[list[torch.Tensor], list[torch.Tensor]]]
-    for nums in ((36, 20), (1, 12), (1, 1), (1, 1), (1, 1)):
+    for nums in ((36, 20), (1, 12), (1, 1), (1, 0), (0, 1), (1, 1)):
         items = tuple(
             BatchItem(
                 start=start,
@@ -45,10 +49,11 @@ def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str) -> No
                 num_prompt=0 if num == 1 else num,
             )
             for text, table, start, num in zip(texts, tables, done, nums, strict=True)
+            if num
         )
         batch = Batch(items=items)
         with torch.inference_mode():
-            plan = plan_paged(batch, cache, torch.device("cpu"), decode_attention)
+            plan = plan_paged(batch, cache, torch.device("cpu"), kernels())
             found = steps.run(batch) if steps.takes(batch) else model.logits(model(plan, cache))
         assert found is not None
         for s, part in enumerate(found.clone().split(nums)):
@@ -56,3 +61,16 @@ def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str) -> No
             done[s] += nums[s]
     for text, parts in zip(texts, got, strict=True):
         torch.testing.assert_close(torch.cat(parts), logits(hf, text), atol=1e-4, rtol=0)
+
+
+def test_the_gpu_checks_own_comparisons_hold_for_them() -> None:
+    checks = list(gpu_parity.alone(kernels(), torch.device("cpu"), {"fp32": (64,), "bf16": (80,)}, inputs=160))
+    assert len(checks) == 2 * (3 + 4)
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_the_gpu_checks_own_comparisons_notice_a_kernel_that_errs() -> None:
+    ours = kernels()
+    wrong = replace(ours, add_norm=lambda x, y, norm: ours.add_norm(x, y, norm._replace(eps=0.05)))
+    failed = [c.what for c in gpu_parity.alone(wrong, torch.device("cpu"), {"fp32": ()}, inputs=160) if not c.passed]
+    assert failed == ["norm of a sum, fp32"]

@@ -135,6 +135,7 @@ def test_the_library_leaves_small_numbers_as_they_are() -> None:
 def test_a_library_is_not_kept_where_others_can_write(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert module._folder() == tmp_path / ".cache" / "metaseq-api"
     (tmp_path / ".cache").chmod(mode)
@@ -144,10 +145,16 @@ def test_a_library_is_not_kept_where_others_can_write(
     assert module._folder().parent == scratch
 
 
+def test_a_cache_folder_that_is_told_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "told"))
+    assert module._folder() == tmp_path / "told" / "metaseq-api"
+
+
 def test_a_library_that_is_not_kept_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own()  # or there is nothing to load
     (tmp_path / ".cache").mkdir(mode=0o777)
     (tmp_path / ".cache").chmod(0o777)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
     assert native.__wrapped__() is not None

@@ -50,6 +50,18 @@ def test_no_shape_of_the_programs_changes_the_result(shape: tuple[int, int, int]
     torch.testing.assert_close(row_linear(x, w, b, r, shape=shape), reference.row_linear(x, w, b, r), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (30, 2500), (33, 1024)])
+def test_a_row_may_be_normed_first(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    x, w, b, r = made(outputs, inputs, dtype)
+    weight, bias = (5 * t[0] for t in made(2, inputs, dtype)[1].split(1))
+    norm = reference.NormWeights(weight, bias, 1e-5)
+    ours = row_linear(3 * x + 2, w, b, r, norm=norm, relu=True)
+    theirs = reference.row_linear(3 * x + 2, w, b, r, norm=norm, relu=True)
+    # the normed row is rounded: to either neighbour, where it lies between two
+    torch.testing.assert_close(ours, theirs, atol=10 * TOLERANCE[dtype], rtol=2e-2)
+
+
 def test_a_nan_stays_one_through_relu() -> None:
     x, w, b, _ = made(8, 16)
     w[3, 4] = torch.nan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.hf_opt import VARIANTS, config_of, logits, metaseq_weights, tiny_opt
@@ -13,7 +15,7 @@ from metaseq_api.model.cache import KVCache
 from metaseq_api.model.decode_step import DecodeStep, DecodeSteps, ladder
 from metaseq_api.model.opt import OPT
 from metaseq_api.model.paged import plan_paged
-from metaseq_api.model.paths import decode_kernel, plan
+from metaseq_api.model.paths import gpu_kernels, plan
 from metaseq_api.model.weights import TensorWeights
 from metaseq_api.parallel.context import ParallelContext
 
@@ -56,9 +58,7 @@ class Model:
     @torch.inference_mode()
     def paged(self, *fed: Fed) -> list[torch.Tensor]:
         batch = self.batch(*fed)
-        found = self.model.logits(
-            self.model(plan_paged(batch, self.cache, CPU, reference.decode_attention), self.cache)
-        )
+        found = self.model.logits(self.model(plan_paged(batch, self.cache, CPU, reference.PLAIN), self.cache))
         assert found is not None
         return list(found.split([i.num_logits for i in batch.items]))
 
@@ -72,6 +72,15 @@ class Model:
         torch.testing.assert_close(got, logits(self.hf, ids)[-len(got) :], atol=1e-4, rtol=0)
 
 
+@pytest.fixture(params=["packed", "plain"])
+def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as a CPU packs them, and as they lie on a GPU, where one row is not multiplied by torch."""
+    if request.param == "plain":
+        monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)
+        monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
+
+
+@pytest.mark.usefixtures("weights")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_and_single_tokens_give_hugging_faces_logits(variant: str) -> None:
     ours, ids, blocks = Model(variant), tokens(41), [5, 2, 30, 8, 11, 12]
@@ -92,11 +101,28 @@ def test_whole_prompts_chunks_and_single_tokens_share_a_step_in_any_order() -> N
         ours.expect(found, ids)
 
 
+def test_single_rows_are_normed_and_multiplied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)
+    monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
+    asked: list[bool] = []
+
+    def one_row(*args: torch.Tensor, norm: reference.NormWeights | None = None, relu: bool = False) -> torch.Tensor:
+        asked.append(norm is not None)
+        return reference.row_linear(*args, norm=norm, relu=relu)
+
+    ours, ids, blocks = Model(), tokens(12), [5, 2]
+    ours.paged((ids[:11], 0, blocks))
+    monkeypatch.setattr(reference, "PLAIN", replace(reference.PLAIN, row_linear=one_row))
+    ours.expect(ours.paged((ids, 11, blocks))[0], ids)
+    assert asked == [True, False, True, False] * ours.model.config.num_layers
+
+
+@pytest.mark.usefixtures("weights")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num", [1, 3, 4, 5])
 def test_a_decode_step_of_fixed_buffers_gives_what_the_plain_way_gives(variant: str, num: int) -> None:
     fixed, plain = Model(variant), Model(variant)
-    steps = DecodeSteps(fixed.model, fixed.cache, reference.decode_attention, capture=False)
+    steps = DecodeSteps(fixed.model, fixed.cache, reference.PLAIN, capture=False)
     sequences = [(tokens(6 + 5 * i, i), [8 * i + j for j in (3, 0, 6, 1, 2)]) for i in range(num)]
     for ids, blocks in sequences:
         fixed.paged((ids, 0, blocks))
@@ -114,7 +140,7 @@ def test_a_decode_step_of_fixed_buffers_gives_what_the_plain_way_gives(variant: 
 def test_a_decode_step_is_fed_what_was_drawn_though_nobody_has_read_it() -> None:
     fixed = Model()
     drawn = torch.tensor([11, 50, 7, 0], dtype=torch.int32)
-    steps = DecodeSteps(fixed.model, fixed.cache, reference.decode_attention, drawn, capture=False)
+    steps = DecodeSteps(fixed.model, fixed.cache, reference.PLAIN, drawn, capture=False)
     sequences = [(tokens(9 + i, i), [4 * i, 4 * i + 1]) for i in range(3)]
     for ids, blocks in sequences:
         fixed.paged((ids, 0, blocks))
@@ -128,7 +154,7 @@ def test_a_decode_step_is_fed_what_was_drawn_though_nobody_has_read_it() -> None
 
 def test_rows_that_pad_a_decode_step_touch_no_cache_though_a_larger_step_ran_before() -> None:
     ours = Model()
-    step = DecodeStep(ours.model, ours.cache, reference.decode_attention, 4)
+    step = DecodeStep(ours.model, ours.cache, reference.PLAIN, 4)
     sequences = [(tokens(9, i), [4 * i, 4 * i + 1]) for i in range(4)]
     for ids, blocks in sequences:
         ours.paged((ids[:8], 0, blocks))
@@ -143,7 +169,7 @@ def test_rows_that_pad_a_decode_step_touch_no_cache_though_a_larger_step_ran_bef
 
 def test_prompts_and_steps_without_logits_are_left_to_the_other_way() -> None:
     ours = Model()
-    steps = DecodeSteps(ours.model, ours.cache, reference.decode_attention, capture=False)
+    steps = DecodeSteps(ours.model, ours.cache, reference.PLAIN, capture=False)
     single = BatchItem(start=3, token_ids=(5,), block_ids=(0,), num_logits=1, num_prompt=0)
     silent = BatchItem(start=3, token_ids=(5,), block_ids=(0,), num_logits=0, num_prompt=0)
     longer = BatchItem(start=0, token_ids=(5, 6), block_ids=(0,), num_logits=1, num_prompt=2)
@@ -160,4 +186,4 @@ def test_the_ladder_ends_where_the_largest_batch_fits() -> None:
 
 
 def test_a_cpu_goes_the_plain_way() -> None:
-    assert decode_kernel(CPU) is None
+    assert gpu_kernels(CPU) is None

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metaseq_api.kernels import decode_attention, row_linear
+from metaseq_api.kernels import add_norm, decode_attention, row_linear
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ANYWHERE = {"rows_ptr": "*i32", "tables_ptr": "*i32", "contexts_ptr": "*i32", "table_width": "i32"}
@@ -31,12 +31,13 @@ def compiled(kernel: object, dtype: str, constants: dict[str, object], warps: in
         or ("*fp32" if name in ("parts_ptr", "stats_ptr") else f"*{dtype}" if name.endswith("_ptr") else "i32")
         for name in names
     }
-    kinds |= {"scale": "fp32"} if "scale" in names else {}
+    kinds |= {name: "fp32" for name in ("scale", "eps") if name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in ANYWHERE | constants}
-    aligned = {at: what for at, what in aligned.items() if names[at[0]] not in ("heads", "scale")}
+    aligned = {at: what for at, what in aligned.items() if names[at[0]] not in ("heads", "scale", "eps")}
     where = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=where, attrs=aligned)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "launch_pdl": constants["EARLY"]}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
@@ -44,20 +45,25 @@ def compiled(kernel: object, dtype: str, constants: dict[str, object], warps: in
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name.lower(): int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
     wide = len(re.findall(r"ld\.global[^;]*\.v4", done.asm["ptx"]))
-    return {"name": f"{names[0]} {dtype} {constants}", "wide": wide, **numbers}
+    waits = done.asm["ptx"].count("griddepcontrol.wait")
+    about = {"name": f"{names[0]} {dtype} {constants}", "early": constants["EARLY"]}
+    return about | {"wide": wide, "waits": waits, **numbers}
 
 
 def main() -> None:
-    for dtype in ("bf16", "fp32"):
+    for dtype, early in (("bf16", False), ("fp32", False), ("bf16", True)):
         for width, padded in ((64, 64), (80, 128), (128, 128)):
-            tile = decode_attention.TILE_NUMBERS // padded
-            constants = {"SIZE": 32, "WIDTH": width, "W": padded, "TILE": tile, "SPLITS": 16}
+            tile = decode_attention.TILE_BYTES // padded // (4 if dtype == "fp32" else 2)
+            constants = {"SIZE": 32, "WIDTH": width, "W": padded, "TILE": tile, "SPLITS": 16, "EARLY": early}
             print(json.dumps(compiled(decode_attention._attend_part, dtype, constants)))
-        join = {"WIDTH": 64, "W": 64, "SPLITS": 16}
+        join = {"WIDTH": 64, "W": 64, "SPLITS": 16, "EARLY": early}
         print(json.dumps(compiled(decode_attention._join_parts, dtype, join)))
-        sizes = {"OUTPUTS": row_linear.OUTPUTS, "INPUTS": row_linear.INPUTS}
-        constants = {"BIAS": True, "RESIDUAL": True, "RELU": False} | sizes
-        print(json.dumps(compiled(row_linear._row_linear, dtype, constants, row_linear.WARPS)))
+        sizes = {"OUTPUTS": row_linear.OUTPUTS, "INPUTS": row_linear.INPUTS, "WHOLE": 8192}
+        for norm in (False, True):
+            constants = {"NORM": norm, "BIAS": True, "RESIDUAL": not norm, "RELU": norm, "EARLY": early} | sizes
+            print(json.dumps(compiled(row_linear._row_linear, dtype, constants, row_linear.WARPS)))
+        constants = {"EARLY": early, "WHOLE": 8192}
+        print(json.dumps(compiled(add_norm._add_norm, dtype, constants, 8192 // add_norm.NUMBERS)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from support.hf_opt import config_of, metaseq_weights, tiny_opt
 from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from support.uncaptured import uncaptured
 from transformers import OPTForCausalLM
 
 from metaseq_api.core import Completion, Request, SamplingParams
@@ -46,8 +47,9 @@ def running_engine(
     prefix_cache: bool = True,
     results: ResultCache | None = None,
     ahead: bool = False,
+    prepares: bool = False,
 ) -> Iterator[Engine]:
-    """Start an engine, which with `ahead` takes its steps as on a GPU.
+    """Start an engine, which with `ahead` starts its steps as on a GPU, and with `prepares` takes them as one does.
 
     At the end prove that it is idle, whole, and leaked no block.
     """
@@ -62,16 +64,10 @@ def running_engine(
         max_batch_size=max_batch_size,
         prefix_cache=prefix_cache,
     )
-    engine = Engine(
-        worker=Worker(model, cache, max_ahead=max_batch_size if ahead else 0),
-        channel=Channel(context),
-        scheduler=scheduler,
-        tokenizer=tiny_tokenizer(folder),
-        limits=Limits(max_seq_len=WINDOW, max_samples=8, max_queue=max_queue),
-        model_name="tiny",
-        heartbeat_s=0.05,
-        results=results,
-    )
+    worker = Worker(model, cache, max_ahead=max_batch_size if ahead else 0)
+    if prepares:
+        uncaptured(worker).prepare(max_batch_size, first=True)
+    engine = engine_of(worker, scheduler, folder, max_queue=max_queue, results=results)
     engine.start()
     try:
         yield engine
@@ -84,6 +80,22 @@ def running_engine(
     assert not engine._book._live
     assert not engine._book._leaders
     assert not engine._num_queued
+
+
+def engine_of(
+    worker: Worker, scheduler: Scheduler, folder: Path, *, max_queue: int = 1000, results: ResultCache | None = None
+) -> Engine:
+    """An engine that is not yet running, with a tokenizer whose files are put into `folder`."""
+    return Engine(
+        worker=worker,
+        channel=Channel(worker.model.context),
+        scheduler=scheduler,
+        tokenizer=tiny_tokenizer(folder),
+        limits=Limits(max_seq_len=WINDOW, max_samples=8, max_queue=max_queue),
+        model_name="tiny",
+        heartbeat_s=0.05,
+        results=results,
+    )
 
 
 def ask(engine: Engine, *prompts: list[int] | str, **params: object) -> list[Completion]:

@@ -19,7 +19,12 @@ from metaseq_api.model.decode_step import DecodeSteps
 from metaseq_api.model.weights import TensorWeights
 from metaseq_api.parallel.context import join, leave
 
-CASES = (("pre-norm", torch.float32), ("350m", torch.float32), ("pre-norm", torch.bfloat16))
+CASES = (
+    ("pre-norm", torch.float32),
+    ("350m", torch.float32),
+    ("pre-norm", torch.bfloat16),
+    ("pre-norm", torch.float16),  # whose weights lie on a CPU as on a GPU
+)
 MODELS = "models.pt"
 PROMPT = [2, *range(10, 40)]
 
@@ -36,7 +41,7 @@ def run(driver: Driver) -> torch.Tensor:
 
 def run_fixed(driver: Driver) -> torch.Tensor:
     """Two sequences of single tokens as a GPU takes them, from buffers that always lie in the same memory."""
-    steps = DecodeSteps(driver.model, driver.cache, reference.decode_attention, capture=False)
+    steps = DecodeSteps(driver.model, driver.cache, reference.PLAIN, capture=False)
     singles = [
         tuple(
             BatchItem(start=at, token_ids=(token,), block_ids=blocks[: at // 8 + 1], num_logits=1, num_prompt=0)
@@ -46,7 +51,8 @@ def run_fixed(driver: Driver) -> torch.Tensor:
     ]
     # three rows of a size of four: one more sequence of one token
     singles[-1] += (BatchItem(start=0, token_ids=(7,), block_ids=(15,), num_logits=1, num_prompt=0),)
-    got = [steps.run(Batch(items=items)) for items in singles]
+    alone = BatchItem(start=12, token_ids=(PROMPT[12],), block_ids=(13, 11), num_logits=1, num_prompt=0)
+    got = [steps.run(Batch(items=items)) for items in (*singles, (alone,))]
     return torch.cat([logits.clone() for logits in got if logits is not None] or [torch.empty(0)])
 
 

@@ -10,30 +10,6 @@ int metaseq_begin(void) { return syscall(SYS_arch_prctl, 0x1023, 18); }
 /* So many outputs and inputs at once; of the inputs, and of the rows, so many that both stay in the second cache. */
 enum { PANEL = 32, STEP = 32, PART = 1024, CHUNK = 256 };
 
-typedef struct {
-    const bf16 *w;
-    bf16 *packed;
-    long num_outputs, num_inputs;
-} pack_job;
-
-static void pack_panel(const void *about, long p) {
-    const pack_job *j = about;
-    long steps = j->num_inputs / STEP;
-    for (long s = 0; s < steps; s++)
-        for (int o = 0; o < PANEL; o++)
-            for (int i = 0; i < STEP; i++) {
-                long from = p * PANEL + o;
-                bf16 *tile = j->packed + ((p * steps + s) * 2 + o / 16) * 512;
-                tile[(i / 2) * 32 + (o % 16) * 2 + i % 2] = from < j->num_outputs ? j->w[from * j->num_inputs + s * STEP + i] : 0;
-            }
-}
-
-/* W [O, I] -> [O / 32][I / 32][2][16][16][2]: for each 32 inputs two tiles of 16 outputs; O is filled up with zeros. */
-void metaseq_pack(const bf16 *w, bf16 *packed, long num_outputs, long num_inputs, int threads) {
-    pack_job job = {w, packed, num_outputs, num_inputs};
-    share_out(up_to(num_outputs, PANEL) / PANEL, pack_panel, &job, threads);
-}
-
 /* Sums of up to 32 rows and one panel into sums[32][32], on top of what is there (`more`) or of 0. With each step `lines`
  * of 64 bytes from `ahead` on are fetched, for later. */
 static void multiply(const bf16 *x, long stride, int rows, const bf16 *panel, long steps, float *sums, int more, const bf16 *ahead, int lines) {

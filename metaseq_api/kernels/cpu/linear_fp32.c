@@ -5,36 +5,6 @@
 enum { CHUNK = 96, PART = 128, PART_OF_HALVES = 96 };
 
 typedef struct {
-    const char *w;
-    char *packed;
-    long num_outputs, num_inputs;
-    int stored;
-} pack_job;
-
-INLINE void pack_columns(const pack_job *j, long p, const size_t bytes) {
-    for (long o = 0; o < WIDE; o++) {
-        long from = p * WIDE + o;
-        for (long i = 0; i < j->num_inputs; i++) {
-            char *to = j->packed + ((p * j->num_inputs + i) * WIDE + o) * bytes;
-            if (from < j->num_outputs) memcpy(to, j->w + (from * j->num_inputs + i) * bytes, bytes);
-            else memset(to, 0, bytes);
-        }
-    }
-}
-
-static void pack_panel(const void *about, long p) {
-    const pack_job *j = about;
-    if (j->stored == FP32) pack_columns(j, p, 4);
-    else pack_columns(j, p, 2);
-}
-
-/* W [O, I] -> [O / 64][I][64], O filled up with zeros. */
-void metaseq_pack_wide(const char *w, char *packed, long num_outputs, long num_inputs, int stored, int threads) {
-    pack_job job = {w, packed, num_outputs, num_inputs, stored};
-    share_out(up_to(num_outputs, WIDE) / WIDE, pack_panel, &job, threads);
-}
-
-typedef struct {
     const float *x, *bias, *residual;
     const char *packed;
     float *y;
