@@ -39,7 +39,8 @@ def cache_home() -> Path:
 
     Source: XDG Base Directory Specification.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    told = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return told if told.is_absolute() else Path.home() / ".cache"
 
 
 def let_threads_rest() -> None:

@@ -51,6 +51,7 @@ SECTIONS = (
     Section(name="latency opt-30b", limit_s=70),
     Section(name="throughput opt-13b", limit_s=70),
     Section(name="rival opt-13b", limit_s=170),
+    Section(name="early starts", limit_s=60),
     Section(name="tune", limit_s=60),
 )
 QUICK_SECTIONS = (
@@ -100,8 +101,13 @@ def run_section(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     quick = shape == "tiny"
     config, dtype = QUICK if shape in ("", "tiny") else OPT_SHAPES[shape], torch.bfloat16
     many = {"num": 4, "prompt_len": 16, "new": 8} if quick else {"num": 256, "prompt_len": 128, "new": 256}
-    if kind in ("parity", "kernels"):
-        for check in gpu_parity.parity(device, shape) if kind == "parity" else gpu_parity.kernels(device):
+    checks = {
+        "parity": lambda: gpu_parity.parity(device, shape),
+        "kernels": lambda: gpu_parity.kernels(device),
+        "early": lambda: gpu_parity.early(device),
+    }
+    if kind in checks:
+        for check in checks[kind]():
             yield asdict(check) | {"passed": check.passed}
         return
     if kind == "greedy":

@@ -251,7 +251,9 @@ def tune(device: torch.device) -> Iterator[Figure]:
         for shape in ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (8, 1024, 8)):
             yield f"  ours, {shape}", share(lambda w, x=x, b=b, s=shape: row_linear(x, w, b, shape=s)), ""  # type: ignore[misc]
         norm = NormWeights(x[0], x[0], 1e-5)
-        yield "  ours, with a norm", share(lambda w, x=x, b=b, n=norm: row_linear(x, w, b, norm=n)), ""  # type: ignore[misc]
+        for shape in ((4, 1024, 4), (8, 1024, 8)):
+            normed = share(lambda w, x=x, b=b, n=norm, s=shape: row_linear(x, w, b, norm=n, shape=s))  # type: ignore[misc]
+            yield f"  ours, with a norm, {shape}", normed, ""
         if starts_early(device):
             yield "  ours, started early", share(lambda w, x=x, b=b: row_linear(x, w, b, early=True)), ""  # type: ignore[misc]
 

@@ -140,7 +140,9 @@ def ours(of: Subject) -> Ours:
     context = ParallelContext(device=ready.device)
     worker = rank.load(ready, context, of.settings)
     settle()
-    return Ours(rank.make_engine(of.settings, ready, worker, Channel(context)), ready)
+    engine = rank.make_engine(of.settings, ready, worker, Channel(context))
+    engine.prepare()
+    return Ours(engine, ready)
 
 
 @contextlib.contextmanager
@@ -149,6 +151,7 @@ def split(of: Subject, num_ranks: int) -> Iterator[Ours]:
     settings = replace(of.settings, model_parallel=num_ranks, threads=_share(of.settings, num_ranks), timeout_s=WAIT_S)
     module = host.__name__ if of.shape is None else shape_host.__name__
     with loaded(settings, lambda followers: None, module=module, open_weights=of.open) as (engine, ready):
+        engine.prepare()
         yield Ours(engine, ready)
         engine.end_by(time.monotonic())
         engine.run()

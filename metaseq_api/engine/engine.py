@@ -2,7 +2,8 @@
 samples and answers. Implements core.protocols.EngineProtocol.
 
 The loop is: take what came in; schedule; broadcast; run; sample; apply; answer (`words`). On a GPU a step is started
-before the one before is answered. Only this thread touches the Scheduler, the sequences and the model; others hand it
+before the one before is answered, and what makes steps faster is made between them, or while there is nothing else to
+do. Only this thread touches the Scheduler, the sequences and the model; others hand it
 requests and cancellations through a queue.
 
 Knows the life of a request. Does not know HTTP, files, or how the processes were started.
@@ -216,9 +217,14 @@ class Engine:
                 self._run(step)
         self._words.notify()
         if self._worker.wanted:
-            self._prepare()
+            self._prepare_next()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make all now that it would make while it runs. For whoever measures; it must not be running."""
+        while self._worker.unprepared:
+            self._prepare_next()
+
+    def _prepare_next(self) -> None:
         """Make one thing more that steps are faster with: at once where one was, else while there is nothing to do."""
         with self._pulse.beating():
             self._channel.send_prepare()
@@ -226,7 +232,7 @@ class Engine:
 
     def _take_in(self) -> None:
         """Handle what came in; when there is nothing to run, wait for it and keep the other ranks company."""
-        if time.monotonic() - self._channel.last_heard >= self._heartbeat_s:
+        if self._until_heartbeat() == 0:
             self._channel.send_heartbeat()  # requests may have come that needed no step
         idle = not self._book and self._unread is None
         if idle:
@@ -234,14 +240,14 @@ class Engine:
         while True:
             waits = idle and not self._worker.unprepared
             try:
-                ticket, what = self._inbox.get(timeout=self._heartbeat_s) if waits else self._inbox.get_nowait()
+                ticket, what = self._inbox.get(timeout=self._until_heartbeat()) if waits else self._inbox.get_nowait()
             except queue.Empty:
                 if not idle:
                     return
-                if waits:
+                if self._until_heartbeat() == 0:
                     self._channel.send_heartbeat()
-                else:
-                    self._prepare()
+                elif not waits:
+                    self._prepare_next()
                 continue
             idle = False
             if what == "add":
@@ -249,6 +255,10 @@ class Engine:
             elif what == "cancel" and ticket in self._book:
                 ticket.fail(RequestError("the client went away", code="cancelled"))
                 self._drop(ticket)
+
+    def _until_heartbeat(self) -> float:
+        """Units: seconds."""
+        return max(self._channel.last_heard + self._heartbeat_s - time.monotonic(), 0.0)
 
     def _add(self, ticket: Ticket) -> None:
         request = ticket.request

@@ -32,7 +32,7 @@ class Pulse:
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Around a step."""
+        """Around a step, or what is prepared between two."""
         self._step_began = time.monotonic()
         try:
             yield

@@ -56,9 +56,10 @@ class Worker:
         return self._drawn is not None
 
     def prepare(self, max_batch_size: int, *, first: bool = False) -> None:
-        """Make what steps of up to so many sequences are faster with; or the `first` part of it, which shows whether
-        there is memory for all, and leave the rest to `prepare_next`."""
-        self._missing = ladder(max_batch_size) if self._decode is not None else []
+        """Make what steps of up to so many sequences are faster with; or the `first` part of it, whose memory serves
+        all, and leave the rest to `prepare_next`, what few sequences want before what many do."""
+        *others, largest = ladder(max_batch_size) if self._decode is not None else [0]
+        self._missing = [*reversed(others), largest] if largest else []
         while self._missing:
             self.prepare_next()
             if first:
@@ -77,7 +78,8 @@ class Worker:
     def prepare_next(self) -> None:
         """Make one more; every rank must, after the same step."""
         assert self._decode is not None
-        self._decode.step(self._missing.pop())
+        self._decode.step(self._missing[-1])
+        self._missing.pop()
         self._wanted = False
 
     def run(self, batch: Batch) -> Iterator[Tensor | None]:

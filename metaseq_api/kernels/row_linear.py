@@ -22,6 +22,8 @@ from metaseq_api.kernels.reference import NormWeights
 
 OUTPUTS, INPUTS, WARPS = 4, 1024, 4
 """Numbers of a weight that a program reads at once: OUTPUTS rows of INPUTS. `gpu_check` prints others beside these."""
+NORMED = 2048
+"""Numbers of a row to be normed that a warp holds at most."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -126,8 +128,8 @@ def row_linear(
         EARLY=early,
         OUTPUTS=outputs,
         INPUTS=min(inputs, whole),
-        WHOLE=whole,
-        num_warps=warps,
+        WHOLE=1 if norm is None else whole,
+        num_warps=warps if norm is None else max(warps, whole // NORMED),
         **({"launch_pdl": True} if early else {}),
     )
     return y_1O

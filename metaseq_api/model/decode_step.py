@@ -73,17 +73,20 @@ class DecodeStep:
         return own
 
     @torch.inference_mode()
-    def capture(self, pool: object) -> None:
-        """Record the step on the GPU; graphs of one `pool` share their memory, and only one may run at a time."""
+    def capture(self, pool: object, stream: torch.cuda.Stream) -> None:
+        """Record the step on the GPU; graphs of one `pool` share their memory, and only one may run at a time.
+
+        stream: where it is run before; cuBLAS keeps room for each that it ever saw.
+        """
         self._inputs.zero_()  # no sequence has any tokens: the runs below touch no cache
-        stream = torch.cuda.Stream(self.model.context.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **how):  # type: ignore[arg-type]
             self._own_logits_BVn = self._forward()
         self._graph = graph
 
@@ -128,10 +131,11 @@ class DecodeSteps:
         *,
         capture: bool = True,
     ) -> None:
-        self._model, self._cache, self._kernels, self._capture = model, cache, kernels, capture
+        self._model, self._cache, self._kernels = model, cache, kernels
         self._drawn = drawn
         self._steps: dict[int, DecodeStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self._stream = torch.cuda.Stream(model.context.device) if capture else None  # type: ignore[no-untyped-call]
 
     def takes(self, batch: Batch) -> bool:
         """Whether every item of a Batch feeds one token and wants its logits."""
@@ -147,8 +151,8 @@ class DecodeSteps:
         if step is None:
             began = time.monotonic()
             step = DecodeStep(self._model, self._cache, self._kernels, size, self._drawn)
-            if self._capture:
-                step.capture(self._pool)
+            if self._stream is not None:
+                step.capture(self._pool, self._stream)
             self._steps[size] = step
             log.info("decode step of %d sequences prepared in %.1f s", size, time.monotonic() - began)
         return step

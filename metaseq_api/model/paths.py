@@ -20,6 +20,7 @@ from metaseq_api.model.paged import PagedPlan, attend_paged, plan_paged
 
 Plan = StepPlan | PagedPlan | NativePlan
 GpuKernels = Kernels
+"""For those above, who know no kernels."""
 
 
 def gpu_kernels(device: torch.device, *, early: bool = False) -> Kernels | None:

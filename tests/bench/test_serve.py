@@ -196,5 +196,4 @@ def test_random_weights_are_served_as_a_checkpoint_is(tmp_path: Path, capsys: py
     assert "- imports" in shown
     if native() is not None:  # what the first start compiled, the second finds
         first, second = (start["laps"] for start in json.loads((tmp_path / "kept.json").read_text())["figures"])
-        assert first["compiling"] > 0.5
-        assert second.get("compiling", 0) < 0.5
+        assert first["compiling"] > 2 * second.get("compiling", 0)

@@ -31,12 +31,13 @@ def test_kernels_compile_for_a_hopper_gpu_without_spilling_and_with_wide_loads(t
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 21
+    assert len(kernels) == 24
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["reg"] <= 168, kernel
         assert kernel["wide"], kernel
         assert kernel["waits"] == kernel["early"], kernel  # for the kernel before, once
+        assert bool(kernel["before"]) == (kernel["early"] and "INPUTS" in kernel["name"]), kernel  # weights alone
 
 
 @needs_own

@@ -148,6 +148,9 @@ def test_a_library_is_not_kept_where_others_can_write(
 def test_a_cache_folder_that_is_told_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "told"))
     assert module._folder() == tmp_path / "told" / "metaseq-api"
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "no/absolute/path")
+    assert module._folder() == tmp_path / ".cache" / "metaseq-api"
 
 
 def test_a_library_that_is_not_kept_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

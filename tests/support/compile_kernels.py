@@ -46,8 +46,9 @@ def compiled(kernel: object, dtype: str, constants: dict[str, object], warps: in
     numbers = {name.lower(): int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
     wide = len(re.findall(r"ld\.global[^;]*\.v4", done.asm["ptx"]))
     waits = done.asm["ptx"].count("griddepcontrol.wait")
+    before = done.asm["ptx"].partition("griddepcontrol.wait")[0].count("ld.global") if waits else 0
     about = {"name": f"{names[0]} {dtype} {constants}", "early": constants["EARLY"]}
-    return about | {"wide": wide, "waits": waits, **numbers}
+    return about | {"wide": wide, "waits": waits, "before": before, **numbers}
 
 
 def main() -> None:
@@ -58,10 +59,11 @@ def main() -> None:
             print(json.dumps(compiled(decode_attention._attend_part, dtype, constants)))
         join = {"WIDTH": 64, "W": 64, "SPLITS": 16, "EARLY": early}
         print(json.dumps(compiled(decode_attention._join_parts, dtype, join)))
-        sizes = {"OUTPUTS": row_linear.OUTPUTS, "INPUTS": row_linear.INPUTS, "WHOLE": 8192}
-        for norm in (False, True):
-            constants = {"NORM": norm, "BIAS": True, "RESIDUAL": not norm, "RELU": norm, "EARLY": early} | sizes
-            print(json.dumps(compiled(row_linear._row_linear, dtype, constants, row_linear.WARPS)))
+        sizes = {"OUTPUTS": row_linear.OUTPUTS, "INPUTS": row_linear.INPUTS}
+        for whole in (1, 8192, 16384):  # 1: no norm
+            norm, warps = whole > 1, max(row_linear.WARPS, whole // row_linear.NORMED)
+            constants = {"NORM": norm, "BIAS": True, "RESIDUAL": not norm, "RELU": norm, "EARLY": early, "WHOLE": whole}
+            print(json.dumps(compiled(row_linear._row_linear, dtype, constants | sizes, warps)))
         constants = {"EARLY": early, "WHOLE": 8192}
         print(json.dumps(compiled(add_norm._add_norm, dtype, constants, 8192 // add_norm.NUMBERS)))
 

@@ -43,8 +43,10 @@ def main() -> None:
     else:
         scheduler = Scheduler(BlockPool(64, 8), max_batch_tokens=64, max_batch_size=8)
         engine = engine_of(worker, scheduler, folder)
+        kept, Worker.unprepared = Worker.unprepared, False  # type: ignore[method-assign, assignment]  # never idle
         engine.start()
         found = [list(c.token_ids) for c in ask(engine, *PROMPTS, max_tokens=6, temperature=0, ignore_eos=True)]
+        Worker.unprepared = kept  # type: ignore[method-assign]
         until(lambda: not worker.unprepared, "all to be made")
         engine.stop()
         (folder / "answers.json").write_text(json.dumps(found))
