@@ -5,7 +5,6 @@ Each view maps the pages of what was asked for and lets go of them, and of the f
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import os
@@ -20,15 +19,6 @@ from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNot
 
 REMEDY = "fetch or write the file again"
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_libc = ctypes.CDLL(None)
-
-
-def expect(numbers: Tensor) -> None:
-    """Have the system begin to read what of a vector's memory is mapped from a file: by itself it reads what is
-    touched, a little at a time. Costs nothing for other memory. Source: madvise(2)."""
-    start, end = numbers.data_ptr(), numbers.data_ptr() + numbers.numel() * numbers.itemsize
-    page = start - start % mmap.PAGESIZE
-    _libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(end - page), mmap.MADV_WILLNEED)  # advice, which may fail
 
 
 class MappedFile:
