@@ -23,6 +23,7 @@ from torch import Tensor
 
 from metaseq_api.checkpoint.alike import Pattern
 from metaseq_api.checkpoint.legacy import read_legacy
+from metaseq_api.checkpoint.mapped import read_at
 from metaseq_api.checkpoint.unpickle import MAX_PICKLE, StoredTensor, read_pickle
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 
@@ -238,11 +239,8 @@ class Archive:
                 if _identity(file) != self._identity:
                     raise self.corrupt("was changed while it was being read", "start again")
                 at = self._start(file, name) + (tensor.offset + start) * width
-                while data:
-                    done = os.preadv(file.fileno(), [data], at)
-                    if not done:
-                        raise self.corrupt("was changed while it was being read", "start again")
-                    data, at = data[done:], at + done
+                if not read_at(file.fileno(), data, at):
+                    raise self.corrupt("was changed while it was being read", "start again")
         except OSError as error:
             raise self._unreadable(error) from None
 

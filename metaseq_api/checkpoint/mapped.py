@@ -5,10 +5,12 @@ Each view maps the pages of what was asked for and lets go of them, and of the f
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -17,8 +19,35 @@ from torch import Tensor
 
 from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 
+PIECE, READERS = 4 << 20, 4
+"""What is read at once, in bytes, and by how many threads of a process."""
 REMEDY = "fetch or write the file again"
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def read_at(file: int, data: memoryview, at: int) -> bool:
+    """Fill `data` with the bytes from `at` on, many of them by several threads; whether there were so many.
+
+    A disk gives more where more is asked of it at once, and fresh memory is taken, and filled, by one core each.
+    """
+    if len(data) <= PIECE:
+        return _read_piece(file, data, at)
+    begins = range(0, len(data), PIECE)
+    return all(_readers().map(lambda begin: _read_piece(file, data[begin : begin + PIECE], at + begin), begins))
+
+
+def _read_piece(file: int, data: memoryview, at: int) -> bool:
+    while data:
+        done = os.preadv(file, [data], at)
+        if not done:
+            return False
+        data, at = data[done:], at + done
+    return True
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READERS, "reader")
 
 
 class MappedFile:
