@@ -49,10 +49,10 @@ SECTIONS = (
     Section(name="latency opt-6.7b", limit_s=45),
     Section(name="latency opt-13b", limit_s=50),
     Section(name="latency opt-30b", limit_s=70),
-    Section(name="throughput opt-13b", limit_s=70),
-    Section(name="rival opt-13b", limit_s=170),
     Section(name="early starts", limit_s=60),
+    Section(name="throughput opt-13b", limit_s=70),
     Section(name="tune", limit_s=60),
+    Section(name="rival opt-13b", limit_s=170),
 )
 QUICK_SECTIONS = (
     Section(name="parity tiny", limit_s=60, decides=True),
