@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as Hugging Face's models do
 
 
 @pytest.fixture(autouse=True)

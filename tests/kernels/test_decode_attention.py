@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -12,7 +11,6 @@ from metaseq_api.kernels import have_triton, reference
 
 if not have_triton():
     pytest.skip("triton is not installed; torch's CUDA builds bring it", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 from metaseq_api.kernels.decode_attention import decode_attention, num_splits
 

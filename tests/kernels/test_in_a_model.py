@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from metaseq_api.kernels import have_triton
 
 if not have_triton():
     pytest.skip("triton is not installed; torch's CUDA builds bring it", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 from metaseq_api.bench import gpu_parity
 from metaseq_api.core import Batch, BatchItem

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from metaseq_api.kernels import have_triton, reference
 
 if not have_triton():
     pytest.skip("triton is not installed; torch's CUDA builds bring it", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 from metaseq_api.kernels.row_linear import row_linear
 
