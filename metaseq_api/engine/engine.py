@@ -3,8 +3,8 @@ samples and answers. Implements core.protocols.EngineProtocol.
 
 The loop is: take what came in; schedule; broadcast; run; sample; apply; answer (`words`). On a GPU a step is started
 before the one before is answered, and what makes steps faster is made between them, or while there is nothing else to
-do. Only this thread touches the Scheduler, the sequences and the model; others hand it
-requests and cancellations through a queue.
+do. Only this thread touches the Scheduler, the sequences and the model; others hand it requests and cancellations
+through a queue.
 
 Knows the life of a request. Does not know HTTP, files, or how the processes were started.
 """

@@ -47,7 +47,8 @@ class Worker:
         self._kernels = kernels or gpu_kernels(model.context.device)
         self._decode: DecodeSteps | None = None
         self._missing: list[int] = []  # sizes of its steps that are still to be made, the last one next
-        self._wanted = False
+        self.wanted = False
+        """Whether the last step would have been faster with what `prepare_next` makes."""
         if graphs and self._kernels is not None:
             self._decode = DecodeSteps(model, cache, self._kernels, self._drawn)
 
@@ -58,29 +59,24 @@ class Worker:
     def prepare(self, max_batch_size: int, *, first: bool = False) -> None:
         """Make what steps of up to so many sequences are faster with; or the `first` part of it, whose memory serves
         all, and leave the rest to `prepare_next`, what few sequences want before what many do."""
-        *others, largest = ladder(max_batch_size) if self._decode is not None else [0]
-        self._missing = [*reversed(others), largest] if largest else []
-        while self._missing:
+        if self._decode is None:
+            return
+        *others, largest = ladder(max_batch_size)
+        self._missing = [*reversed(others), largest]
+        for _ in range(1 if first else len(self._missing)):
             self.prepare_next()
-            if first:
-                break
 
     @property
     def unprepared(self) -> bool:
         """Whether there is something for `prepare_next` to do."""
         return bool(self._missing)
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the last step would have been faster with it."""
-        return self._wanted
-
     def prepare_next(self) -> None:
         """Make one more; every rank must, after the same step."""
         assert self._decode is not None
         self._decode.step(self._missing[-1])
         self._missing.pop()
-        self._wanted = False
+        self.wanted = False
 
     def run(self, batch: Batch) -> Iterator[Tensor | None]:
         """Run one step, and yield the wanted rows' logits in order, LOGIT_ROWS at a time.
@@ -91,9 +87,9 @@ class Worker:
         """
         if self._decode is not None and self._decode.takes(batch):
             size = ladder(len(batch.items))[-1]
-            self._wanted = size in self._missing
-            if not self._wanted:
-                yield self._decode.run(batch)
+            self.wanted = size in self._missing
+            if not self.wanted:
+                yield self._decode.step(size).run(batch)
                 return
             self._missing.remove(size)
             self._missing.append(size)

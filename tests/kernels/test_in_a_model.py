@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.hf_opt import config_of, logits, metaseq_weights, tiny_opt
+from support.plain_weights import lie_plain
 
 from metaseq_api.kernels import have_triton
 
@@ -28,8 +29,7 @@ BLOCK = 16
 
 @pytest.mark.parametrize("variant", ["pre-norm", "head width 80", "350m"])  # all are in test_paged, uninterpreted
 def test_a_chunk_beside_a_single_token_and_then_decode_steps(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)  # weights as they lie on a GPU
-    monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
+    lie_plain(monkeypatch)
     hf = tiny_opt(variant)
     model = OPT(config_of(hf), ParallelContext(), torch.float32)
     model.load(TensorWeights(metaseq_weights(hf)))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.hf_opt import VARIANTS, config_of, logits, metaseq_weights, tiny_opt
+from support.plain_weights import lie_plain
 from transformers import OPTForCausalLM
 
 from metaseq_api.core import Batch, BatchItem
@@ -76,8 +77,7 @@ class Model:
 def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights as a CPU packs them, and as they lie on a GPU, where one row is not multiplied by torch."""
     if request.param == "plain":
-        monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)
-        monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
+        lie_plain(monkeypatch)
 
 
 @pytest.mark.usefixtures("weights")
@@ -102,8 +102,7 @@ def test_whole_prompts_chunks_and_single_tokens_share_a_step_in_any_order() -> N
 
 
 def test_single_rows_are_normed_and_multiplied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaseq_api.parallel.layers.native_for", lambda *_: None)
-    monkeypatch.setattr("metaseq_api.parallel.layers._packs", lambda *_: False)
+    lie_plain(monkeypatch)
     asked: list[bool] = []
 
     def one_row(*args: torch.Tensor, norm: reference.NormWeights | None = None, relu: bool = False) -> torch.Tensor:
