@@ -269,13 +269,25 @@ def test_what_still_runs_when_the_grace_is_over_gets_a_clear_error_also_in_a_str
 
 def test_a_second_sigterm_shortens_what_the_first_gave(start: Start) -> None:
     service = start("--grace", "600")
-    service.generate_for_ever()
+    told: list[str] = []
+
+    def ask() -> None:  # for a minute, far longer than the test
+        try:
+            service.complete(prompt=[[7, 8]] * 512, max_tokens=500, ignore_eos=True)
+        except urllib.error.HTTPError as e:
+            told.append(f"{e.code} {json.load(e)['error']['code']}")
+
+    client = threading.Thread(target=ask)
+    client.start()
+    until(lambda: service.running, "the request to run")
     service.process.terminate()
     until(lambda: service.status("/health") == 503, "the end to begin")
     again = time.monotonic() + 1.5 * AGAIN_S
     until(lambda: time.monotonic() > again, "a moment to pass")
     service.process.terminate()
-    service.end(15)
+    assert service.end(15) == 0
+    client.join(10)
+    assert told == ["503 engine_stopped"]
 
 
 def copy_demo(folder: Path) -> Path:
