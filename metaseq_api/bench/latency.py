@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from metaseq_api.bench.figures import Row
 from metaseq_api.bench.gpu_speed import token_bytes
-from metaseq_api.bench.limits import bandwidth, share_of_bandwidth
+from metaseq_api.bench.limits import bandwidth
 from metaseq_api.bench.work import Generate, prompt
 from metaseq_api.rank import Prepared
 
@@ -36,7 +36,8 @@ def measure(
     each = Row(what=f"each of {load.new_tokens - 1} tokens after it", unit="ms", less=True)
     rate = Row(what="decode", unit="tokens/s")
     prefill = Row(what=f"prefill of {load.prefill_len}", unit="tokens/s")
-    share = Row(what="decode, of the bandwidth", unit="share")
+    share = Row(what="decode, of the best bandwidth", unit="share")
+    beside = Row(what="decode, of the bandwidth beside it", unit="share")
     probes: list[float] = []
     _warm(sides, load)
     for turn in range(load.rounds):
@@ -46,16 +47,19 @@ def measure(
             first.add(side, times.first * 1e3)
             rate.add(side, times.rate_after(load.new_tokens))
             each.add(side, 1e3 / times.rate_after(load.new_tokens))
+        probes.append(bandwidth(ready.device))
         for side, generate in sides.items():
             tries = [generate([prompt(load.prefill_len, f"b{turn}{i}")], 1).first for i in range(load.tries)]
             prefill.add(side, load.prefill_len / statistics.median(tries))
         say(f"round {turn + 1} of {load.rounds} done")
     middle = load.prompt_len + load.new_tokens // 2
-    for side, steps in each.values.items():
+    for at, (side, steps) in enumerate(each.values.items()):
         num_bytes = token_bytes(ready.config, ready.dtype, middle, kept=None if side == "hf" else ready.kept)
-        for ms in steps:  # once all probes are known
-            share.add(side, share_of_bandwidth(num_bytes, ms / 1e3, probes))
-    return [first, each, rate, share, prefill], probes
+        for turn, ms in enumerate(steps):  # once all probes are known
+            before = turn * (len(sides) + 1) + at
+            share.add(side, num_bytes / ms * 1e3 / max(probes))
+            beside.add(side, num_bytes / ms * 1e3 / statistics.mean(probes[before : before + 2]))
+    return [first, each, rate, share, beside, prefill], probes
 
 
 def _warm(sides: Mapping[str, Generate], load: Load) -> None:

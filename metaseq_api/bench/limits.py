@@ -9,7 +9,6 @@ run probes it many times, and the bound is the best it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,8 +94,3 @@ class Roofline:
         while sizes[-1] <= most:
             sizes.append(2 * sizes[-1])
         return [(self.step_s(n), n / self.step_s(n)) for n in sizes]
-
-
-def share_of_bandwidth(num_bytes: int, step_s: float, probes: Sequence[float]) -> float:
-    """Of the best probe of the run: what a step read, in the time it took."""
-    return num_bytes / step_s / max(probes)

@@ -26,13 +26,16 @@ def side(prompts: list[list[int]], num: int) -> work.Times:
 
 
 def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "bandwidth", lambda device: 1e9)
+    reads = iter((1e9, 2e9, 4e9, 2e9))  # before and after each of two turns
+    monkeypatch.setattr(latency, "bandwidth", lambda device: next(reads))
     asked = latency.Load(rounds=2, prompt_len=50, new_tokens=11, prefill_len=200)
     rows, probes = latency.measure({"ours": side}, READY, asked, lambda text: None)
-    first, each, rate, share, prefill = (row.median("ours") for row in rows)
+    first, each, rate, share, beside, prefill = (row.median("ours") for row in rows)
     assert (first, each, rate, prefill) == pytest.approx((500, 100, 10, 100))
-    assert share == pytest.approx(latency.token_bytes(CONFIG, torch.float32, 55, kept=torch.float16) / 0.1 / 1e9)
-    assert len(probes) == 2
+    read = latency.token_bytes(CONFIG, torch.float32, 55, kept=torch.float16) / 0.1
+    assert share == pytest.approx(read / 4e9)
+    assert beside == pytest.approx((read / 1.5e9 + read / 3e9) / 2)
+    assert len(probes) == 4
 
 
 def test_prompt_tokens_are_never_counted_as_output() -> None:
