@@ -4,7 +4,7 @@ samples and answers. Implements core.protocols.EngineProtocol.
 The loop is: take what came in; schedule; broadcast; run; sample; apply; answer (`words`). On a GPU a step is started
 before the one before is answered, and what makes steps faster is made between them, or while there is nothing else to
 do. Only this thread touches the Scheduler, the sequences and the model; others hand it requests and cancellations
-through a queue.
+through a queue (`admission`).
 
 Knows the life of a request. Does not know HTTP, files, or how the processes were started.
 """
@@ -12,7 +12,6 @@ Knows the life of a request. Does not know HTTP, files, or how the processes wer
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -22,10 +21,10 @@ import torch
 
 from metaseq_api.core import Health, Request, Stats
 from metaseq_api.core.batch import UNKNOWN
+from metaseq_api.engine.admission import Admission
 from metaseq_api.engine.book import Book
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.deadlines import Deadlines
-from metaseq_api.engine.drain import DrainRate
 from metaseq_api.engine.limits import Limits
 from metaseq_api.engine.pulse import Pulse
 from metaseq_api.engine.reading import Reading
@@ -34,7 +33,7 @@ from metaseq_api.engine.sampler import Sampler
 from metaseq_api.engine.ticket import Ticket
 from metaseq_api.engine.words import Words
 from metaseq_api.engine.worker import Worker
-from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, NotBegun, Overloaded, RequestError
+from metaseq_api.errors import DeadlineExceeded, EngineStopped, MetaseqApiError, RequestError
 from metaseq_api.model.paths import score_kernels
 from metaseq_api.scheduling.scheduler import Scheduler, Step
 from metaseq_api.tokenizer import PAD_ID, Tokenizer
@@ -63,25 +62,19 @@ class Engine:
         results: ResultCache | None = None,
     ) -> None:
         self._worker, self._channel, self._scheduler = worker, channel, scheduler
-        self._tokenizer, self._limits, self._model_name = tokenizer, limits, model_name
-        self._heartbeat_s, self._results = heartbeat_s, results
+        self._tokenizer, self._model_name, self._heartbeat_s = tokenizer, model_name, heartbeat_s
         self._sampler = Sampler(
             num_tokens=tokenizer.vocab_size,
             banned=[PAD_ID],
             spends=True,
             by=score_kernels(worker.model.context.device),
         )
-        self._inbox: queue.SimpleQueue[tuple[Ticket, str]] = queue.SimpleQueue()
         self.stats = Stats()
+        self._admission = Admission(limits, self.vocab_size, self.stats, results)
         self._book = Book(tokenizer)
         self._words = Words(self._book, scheduler, self.stats, results, self._drop)
         self._unread: Reading | None = None
         self._deadlines = Deadlines()
-        self._num_queued = 0
-        self._drain = DrainRate()
-        self._lock = threading.Lock()
-        self._stopped = ""
-        self._stop_at: float | None = None
         self._pulse = Pulse(channel, self.stats, heartbeat_s)
         self._ended = threading.Event()
         self.failure: Exception | None = None
@@ -95,7 +88,7 @@ class Engine:
 
     @property
     def max_seq_len(self) -> int:
-        return self._limits.max_seq_len
+        return self._admission.limits.max_seq_len
 
     @property
     def vocab_size(self) -> int:
@@ -121,40 +114,21 @@ class Engine:
 
         Raises: RequestError where it does not fit the model, Overloaded, EngineStopped.
         """
-        self._limits.check(request, self.vocab_size)
-        ticket = Ticket(request, lambda t: self._inbox.put((t, "cancel")))
-        num = ticket.num_sequences
-        with self._lock:
-            if self._stopped:
-                raise NotBegun(self._stopped)
-            if self._results is not None and (known := self._results.find(request)) is not None:
-                ticket.answer(known)
-                return ticket
-            if self._num_queued + num > self._limits.max_queue:
-                self.stats.rejected += 1
-                raise Overloaded(
-                    f"{self._num_queued} sequences are in work or waiting and this request brings {num}; "
-                    f"the server takes {self._limits.max_queue}: try again later",
-                    retry_after_s=self._drain.wait_s(self._num_queued + num - self._limits.max_queue, time.monotonic()),
-                )
-            self._drain.begin(time.monotonic())
-            self._num_queued += num
-            self._inbox.put((ticket, "add"))
-        return ticket
+        return self._admission.submit(request)
 
     def health(self) -> Health:
-        pool, now = self._scheduler.pool, time.monotonic()
+        pool, now, closed = self._scheduler.pool, time.monotonic(), self._admission.closed
         stuck = self._pulse.complaint(now)
         return Health(
-            alive=not self._stopped,
-            reason=self._stopped or stuck,
+            alive=not closed,
+            reason=closed or stuck,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             rank_age_s=self._channel.ages_s(now),
             stuck=bool(stuck),
-            ready=self._pulse.begun and not self._stopped and not stuck,
+            ready=self._pulse.begun and not closed and not stuck,
             step_age_s=self._pulse.step_age_s(now),
         )
 
@@ -168,12 +142,7 @@ class Engine:
 
         Units: seconds of the monotonic clock. Any thread, also while a step is held up.
         """
-        with self._lock:
-            self._stopped = self._stopped or "the server is shutting down; ask again elsewhere or later"
-            self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
-            num_queued = self._num_queued
-        self._inbox.put((_WAKE, "wake"))
-        return num_queued
+        return self._admission.end_by(deadline)
 
     @property
     def ended(self) -> bool:
@@ -190,16 +159,15 @@ class Engine:
         """Answer requests until stopped; returns when every one is answered, also where a step failed."""
         self._pulse.begin()
         try:
-            while self._stop_at is None or (self._num_queued and time.monotonic() < self._stop_at):
+            while not self._admission.over:
                 self.turn()
             self._channel.send_stop()
         except Exception as e:
             log.exception("the engine failed")
             self.failure = e
-            self._stopped = "the engine failed; the server's log says why"
+            self._admission.closed = "the engine failed; the server's log says why"
         finally:
-            with self._lock:
-                self._stopped = self._stopped or "the engine has ended"
+            self._admission.close("the engine has ended")
             try:
                 self._end_all()
             finally:
@@ -239,9 +207,8 @@ class Engine:
             self._scheduler.count_idle()
         while True:
             waits = idle and not self._worker.unprepared
-            try:
-                ticket, what = self._inbox.get(timeout=self._until_heartbeat()) if waits else self._inbox.get_nowait()
-            except queue.Empty:
+            came = self._admission.take(self._until_heartbeat() if waits else 0.0)
+            if came is None:
                 if not idle:
                     return
                 if self._until_heartbeat() == 0:
@@ -249,7 +216,7 @@ class Engine:
                 elif not waits:
                     self._prepare_next()
                 continue
-            idle = False
+            idle, (ticket, what) = False, came
             if what == "add":
                 self._add(ticket)
             elif what == "cancel" and ticket in self._book:
@@ -359,23 +326,17 @@ class Engine:
         for track in self._book.close(ticket):
             self._scheduler.finish(track.seq)
             self.stats.finish(track.seq.seq_id, "abort", time.monotonic())
-        with self._lock:
-            self._num_queued -= ticket.num_sequences
-            self._drain.note(ticket.num_sequences, time.monotonic(), idle=not self._num_queued)
+        self._admission.leave(ticket)
 
     def _end_all(self) -> None:
         """No request goes unanswered: whoever still waits is told that the engine has stopped."""
         self._words.notify()
         for ticket in self._book.tickets:
-            ticket.fail(EngineStopped(self._stopped))
+            ticket.fail(EngineStopped(self._admission.closed))
             self._drop(ticket)
-        while not self._inbox.empty():
-            ticket, what = self._inbox.get_nowait()
+        while came := self._admission.take():
+            ticket, what = came
             if what == "add":
-                ticket.fail(EngineStopped(self._stopped))
-                with self._lock:
-                    self._num_queued -= ticket.num_sequences
+                ticket.fail(EngineStopped(self._admission.closed))
+                self._admission.leave(ticket)
         self._words.notify()
-
-
-_WAKE = Ticket(Request(request_id="", prompts=()), lambda t: None)

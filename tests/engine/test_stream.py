@@ -315,7 +315,7 @@ def test_a_client_that_leaves_has_its_blocks_freed_within_one_step(
                 if how == "reset":
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 sock.close()
-            until(lambda: not engine._inbox.empty(), "word of the client")
+            until(lambda: not engine._admission._inbox.empty(), "word of the client")
             steps.go()
             until(lambda: engine.health().num_free_blocks == engine.health().num_blocks, "every block free")
             assert steps.num_begun == 3

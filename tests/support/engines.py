@@ -79,7 +79,7 @@ def running_engine(
     assert not engine._book
     assert not engine._book._live
     assert not engine._book._leaders
-    assert not engine._num_queued
+    assert not engine._admission.num_inside
 
 
 def engine_of(
