@@ -8,8 +8,6 @@ before it is used. Does not know metaseq.
 
 from __future__ import annotations
 
-import mmap
-import os
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -23,19 +21,16 @@ from torch import Tensor
 
 from metaseq_api.checkpoint.alike import Pattern
 from metaseq_api.checkpoint.legacy import read_legacy
-from metaseq_api.checkpoint.mapped import read_at
+from metaseq_api.checkpoint.mapped import MappedFile, read_at
 from metaseq_api.checkpoint.unpickle import MAX_PICKLE, StoredTensor, read_pickle
-from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 TAR_MARK = slice(257, 262)
-REMEDY = "fetch or write the file again"
 BLOCK = 8 << 20
 """Units: bytes read at a time where a whole record is read."""
 
 
-class Archive:
+class Archive(MappedFile):
     """A checkpoint file: `tree` is what was saved, with a StoredTensor for each tensor.
 
     like: a file that is open and may say much the same, as shards do; what is the same in both is kept once.
@@ -43,7 +38,7 @@ class Archive:
     """
 
     def __init__(self, path: Path, like: Archive | None = None) -> None:
-        self.path = path
+        super().__init__(path)
         self._like = like
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
@@ -51,23 +46,10 @@ class Archive:
         self.root = ""
         """The folder that all records lie in: the name it was saved under, where torch.save was given one."""
         try:
-            with path.open("rb") as file:
-                self._identity = _identity(file)
-                self.size = file.seek(0, os.SEEK_END)
+            with self.opened() as file:
                 self.tree: Any = self._zipped(file) if self._is_zip(file) else self._legacy(file)
-        except OSError as error:
-            raise self._unreadable(error) from None
         except ValueError as error:
             raise self.corrupt(str(error)) from None
-
-    def corrupt(self, what: str, remedy: str = REMEDY) -> CheckpointCorrupt:
-        """Make the error that says what is wrong with this file."""
-        return CheckpointCorrupt(f"{self.path} {what}; {remedy}")
-
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        if isinstance(error, FileNotFoundError):
-            return CheckpointNotFound(f"{self.path} does not exist; name an existing file")
-        return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it readable")
 
     @property
     def checksums(self) -> dict[str, int]:
@@ -81,23 +63,15 @@ class Archive:
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Read a record, some megabytes at a time."""
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                self._check_same(file)
-                file.seek(self._start(file, name))
-                left = self._sizes[name]
-                while left:
-                    block = file.read(min(left, BLOCK))
-                    if not block:
-                        raise self.corrupt(f"is cut off: {left} bytes of {name} are not there")
-                    left -= len(block)
-                    yield block
-        except OSError as error:
-            raise self._unreadable(error) from None
-
-    def _check_same(self, file: IO[bytes]) -> None:
-        if _identity(file) != self._identity:
-            raise self.corrupt("was changed while it was being read", "start again")
+        with self.opened(buffering=0) as file:
+            file.seek(self._start(file, name))
+            left = self._sizes[name]
+            while left:
+                block = file.read(min(left, BLOCK))
+                if not block:
+                    raise self.corrupt(f"is cut off: {left} bytes of {name} are not there")
+                left -= len(block)
+                yield block
 
     def _is_zip(self, file: IO[bytes]) -> bool:
         file.seek(0)
@@ -133,10 +107,8 @@ class Archive:
         if not self._infos:
             return None
         try:
-            with self.path.open("rb") as file:
+            with self.opened() as file:
                 pattern = Pattern(self._bytes(file, "data.pkl"))
-        except OSError as error:
-            raise self._unreadable(error) from None
         except ValueError as error:
             raise self.corrupt(str(error)) from None
         self.tree = pattern.tree
@@ -189,41 +161,18 @@ class Archive:
             raise self.corrupt(f"has {size} bytes in {name}, too few for the tensor kept there")
         return name
 
-    def place(self, tensor: StoredTensor) -> int:
-        """Find the byte in the file at which a tensor's first number lies."""
+    def place(self, tensor: StoredTensor, *, writing: bool = False) -> int:
+        """Find the byte in the file at which a tensor's first number lies; writing: or will, by this caller."""
         name = self.check(tensor)
-        try:
-            with self.path.open("rb") as file:
-                return self._start(file, name) + tensor.offset * tensor.dtype.itemsize
-        except OSError as error:
-            raise self._unreadable(error) from None
+        with self.opened(writing=writing) as file:
+            return self._start(file, name) + tensor.offset * tensor.dtype.itemsize
 
     def view(self, tensor: StoredTensor) -> Tensor:
         """Map a tensor without reading it; to be copied from, not written to."""
-        name, width = self.check(tensor), tensor.dtype.itemsize
+        self.check(tensor)
         if tensor.numel == 0:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        count = tensor.end - tensor.offset
-        try:
-            with self.path.open("rb") as file:
-                self._check_same(file)
-                start = self._start(file, name) + tensor.offset * width
-                base = start - start % mmap.ALLOCATIONGRANULARITY
-                # Private and writable, though never written to: torch warns about read-only buffers.
-                window = mmap.mmap(
-                    file.fileno(),
-                    start - base + count * width,
-                    flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    offset=base,
-                )
-        except OSError as error:
-            raise self._unreadable(error) from None
-        if start % width:
-            flat = torch.frombuffer(window, dtype=torch.uint8, count=count * width, offset=start - base).clone()
-            flat = flat.view(tensor.dtype)
-        else:
-            flat = torch.frombuffer(window, dtype=tensor.dtype, count=count, offset=start - base)
+        flat = self.numbers(self.place(tensor), tensor.end - tensor.offset, tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride)
 
     def fill(self, out: Tensor, tensor: StoredTensor, start: int) -> None:
@@ -234,23 +183,13 @@ class Archive:
         name, width = self.check(tensor), tensor.dtype.itemsize
         numbers: Any = out.view(torch.uint8).numpy()
         data = memoryview(numbers)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if _identity(file) != self._identity:
-                    raise self.corrupt("was changed while it was being read", "start again")
-                at = self._start(file, name) + (tensor.offset + start) * width
-                if not read_at(file.fileno(), data, at):
-                    raise self.corrupt("was changed while it was being read", "start again")
-        except OSError as error:
-            raise self._unreadable(error) from None
+        with self.opened(buffering=0) as file:
+            at = self._start(file, name) + (tensor.offset + start) * width
+            if not read_at(file.fileno(), data, at):
+                raise self.changed()
 
     def flat(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
         """Map numbers start to stop of a tensor, in order, and no others unless it lies in the file out of order."""
         if not tensor.in_order:
             return self.view(tensor).reshape(-1)[start:stop]
         return self.view(replace(tensor, offset=tensor.offset + start, shape=(stop - start,), stride=(1,)))
-
-
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -5,11 +5,12 @@ Each view maps the pages of what was asked for and lets go of them, and of the f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from metaseq_api.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+from metaseq_api.errors import CheckpointCorrupt, CheckpointNotFound
 
 PIECE, READERS = 4 << 20, 4
 """What is read at once, in bytes, and by how many threads of a process."""
@@ -58,31 +59,41 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity: tuple[int, ...] | None = None
+        with self.opened() as file:
+            self.size = file.seek(0, os.SEEK_END)
+
+    @contextlib.contextmanager
+    def opened(self, buffering: int = -1, *, writing: bool = False) -> Iterator[IO[bytes]]:
+        """The file, which must be the one that it was at first, unless the caller is writing it meanwhile."""
         try:
-            with path.open("rb") as file:
-                self._identity = _identity(file)
-                self.size = file.seek(0, os.SEEK_END)
+            with self.path.open("rb", buffering) as file:
+                stat = os.fstat(file.fileno())
+                identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+                if self._identity not in (None, identity) and not writing:
+                    raise self.changed()
+                self._identity = self._identity or identity
+                yield file
+        except FileNotFoundError:
+            raise CheckpointNotFound(f"{self.path} does not exist; put it back, or name another checkpoint") from None
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise CheckpointNotFound(
+                f"{self.path} cannot be read ({error.strerror}); make it a readable file"
+            ) from None
 
     def corrupt(self, what: str, remedy: str = REMEDY) -> CheckpointCorrupt:
         """Make the error that says what is wrong with this file."""
         return CheckpointCorrupt(f"{self.path} {what}; {remedy}")
 
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        if isinstance(error, FileNotFoundError):
-            return CheckpointNotFound(f"{self.path} does not exist; put it back, or name another checkpoint")
-        return CheckpointNotFound(f"{self.path} cannot be read ({error.strerror}); make it a readable file")
+    def changed(self) -> CheckpointCorrupt:
+        """Make the error that says so."""
+        return self.corrupt("was changed while it was being read", "start again")
 
     def read(self, start: int, length: int) -> bytes:
         """Read bytes that the caller knows to be few."""
-        try:
-            with self.path.open("rb") as file:
-                self._check_same(file)
-                file.seek(start)
-                data = file.read(length)
-        except OSError as error:
-            raise self._unreadable(error) from None
+        with self.opened() as file:
+            file.seek(start)
+            data = file.read(length)
         if len(data) != length:
             raise self.corrupt(f"is cut off: it has {self.size} bytes, and {start + length} are wanted")
         return data
@@ -95,31 +106,18 @@ class MappedFile:
         if count == 0:
             return torch.empty(0, dtype=dtype)
         base = start - start % mmap.ALLOCATIONGRANULARITY
-        try:
-            with self.path.open("rb") as file:
-                self._check_same(file)
-                # Private and writable, though never written to: torch warns about read-only buffers.
-                window = mmap.mmap(
-                    file.fileno(),
-                    start - base + length,
-                    flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    offset=base,
-                )
-        except OSError as error:
-            raise self._unreadable(error) from None
+        with self.opened() as file:
+            # Private and writable, though never written to: torch warns about read-only buffers.
+            window = mmap.mmap(
+                file.fileno(),
+                start - base + length,
+                flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=base,
+            )
         if start % dtype.itemsize:
             return torch.frombuffer(window, dtype=torch.uint8, count=length, offset=start - base).clone().view(dtype)
         return torch.frombuffer(window, dtype=dtype, count=count, offset=start - base)
-
-    def _check_same(self, file: IO[bytes]) -> None:
-        if _identity(file) != self._identity:
-            raise self.corrupt("was changed while it was being read", "start again")
-
-
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
-    stat = os.fstat(file.fileno())
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

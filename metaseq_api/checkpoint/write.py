@@ -78,7 +78,7 @@ def save(tree: Any, path: Path, progress: Progress = lambda num_bytes: None) -> 
         archive, sums = Archive(partial), {}
         with ThreadPoolExecutor(1) as beside:
             for stream, stored in dict(_places(tree, archive.tree)).items():
-                place = archive.place(stored)
+                place = archive.place(stored, writing=True)
                 checksum = _fill(file, place, stream, progress, beside)
                 sums[archive.check(stored)] = place + stream.num_bytes, checksum
         crc.fill_in(file, sums)

@@ -75,7 +75,7 @@ def test_a_slice_of_a_tensor_that_lies_askew_copies_no_more(tmp_path: Path, monk
         windows.append(length)
         return real(fileno, length, **kw)
 
-    monkeypatch.setattr("metaseq_api.checkpoint.archive.mmap.mmap", recorded)
+    monkeypatch.setattr("metaseq_api.checkpoint.mapped.mmap.mmap", recorded)
     assert torch.equal(archive.flat(archive.tree["a"], 500_000, 500_100), whole[500_000:500_100])
     assert len(windows) == 1
     assert windows[0] <= 400 + mmap.ALLOCATIONGRANULARITY
