@@ -23,14 +23,21 @@ from collections.abc import Sequence
 from metaseq_api.bench import flags, jobs, report
 from metaseq_api.bench.figures import as_text
 from metaseq_api.bench.plot import svg
-from metaseq_api.checkpoint.door import guarded
+from metaseq_api.flags import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and keep the figures where --json says."""
     argv = sys.argv[1:] if argv is None else argv
+    return guarded("metaseq-api-bench", lambda: job(argv))
+
+
+def job(argv: Sequence[str]) -> None:
     args = flags.parser(__doc__).parse_args(argv)
-    return guarded(lambda: write_page(args) if args.kind == "page" else measure(args, argv))
+    if args.kind == "page":
+        write_page(args)
+    else:
+        measure(args, argv)
 
 
 def say(text: str) -> None:

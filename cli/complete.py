@@ -32,6 +32,7 @@ from metaseq_api.errors import (
     RequestError,
     SettingsError,
 )
+from metaseq_api.flags import Parser
 from metaseq_api.server.schema import render_error
 
 Question = dict[str, Any] | RequestError
@@ -41,7 +42,7 @@ _NOT_OF_ONE_LINE = (EngineStopped, NotAuthorized, NotFound, Overloaded)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = asking.Parser(
+    parser = Parser(
         prog="metaseq-api-complete", description="Continue a prompt, or a file of prompts.", allow_abbrev=False
     )
     add = parser.add_argument

@@ -16,7 +16,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from metaseq_api import __version__, log
 from metaseq_api.download import catalogue
@@ -24,15 +23,11 @@ from metaseq_api.download.fetch import Patience
 from metaseq_api.download.job import download
 from metaseq_api.download.web import Web
 from metaseq_api.errors import MetaseqApiError, SettingsError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see --help")
+from metaseq_api.flags import Parser
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="metaseq-api-download",
         description="Fetch a published OPT checkpoint and its tokenizer; a broken transfer is taken up where it broke.",
         epilog=textwrap.fill(f"models: {', '.join(catalogue.RELEASES)}", break_on_hyphens=False),

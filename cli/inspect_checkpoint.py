@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaseq_api import log
 from metaseq_api.checkpoint import md5sums
 from metaseq_api.checkpoint.checkpoint import Checkpoint
-from metaseq_api.checkpoint.door import guarded
+from metaseq_api.checkpoint.door import Parser, guarded
 from metaseq_api.checkpoint.md5sums import Md5Sums
 from metaseq_api.checkpoint.opening import open_checkpoint
 from metaseq_api.checkpoint.verify import verify
@@ -29,18 +28,16 @@ from metaseq_api.progress import progress_bar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Say what is there; exit code 0 where it can be served."""
-    parser = argparse.ArgumentParser(prog="metaseq-api-inspect", description="Say what checkpoint files hold.")
+    parser = Parser(prog="metaseq-api-inspect", description="Say what checkpoint files hold.")
     parser.add_argument("checkpoint", type=Path, help="a folder, or one of its files")
     parser.add_argument("--verify", action="store_true", help="read every number and look for damage")
     checksums = "with --verify: a csv of file names and md5 sums (default: *md5*.csv beside the checkpoint)"
     parser.add_argument("--checksums", type=Path, metavar="CSV", help=checksums)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    args = parser.parse_args(argv)
-    if args.checksums and not args.verify:
-        parser.error("--checksums needs --verify")
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
+        if args.checksums and not args.verify:
+            parser.error("--checksums needs --verify")
         checkpoint = open_checkpoint(args.checkpoint)
         facts = describe(checkpoint)
         if args.verify:
@@ -63,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify and any(f.fatal for f in findings):
             raise CheckpointCorrupt(f"{args.checkpoint} is damaged; the findings above name the files")
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 def describe(checkpoint: Checkpoint | WholeCheckpoint) -> dict[str, Any]:

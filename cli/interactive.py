@@ -17,6 +17,7 @@ from typing import Any
 from metaseq_api import __version__, asking
 from metaseq_api.asking import Source
 from metaseq_api.errors import EngineStopped, MetaseqApiError, RequestError, SettingsError
+from metaseq_api.flags import Parser
 
 HELP = '''\
 type a prompt; """ alone on a line begins one of several lines and ends it
@@ -28,7 +29,7 @@ MAX_TOKENS = 128
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = asking.Parser(
+    parser = Parser(
         prog="metaseq-api-interactive",
         description="Type prompts, read continuations.",
         epilog=HELP,

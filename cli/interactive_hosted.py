@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from metaseq_api import __version__, log, settings
 from metaseq_api.errors import (
@@ -33,6 +31,7 @@ from metaseq_api.errors import (
     SettingsError,
     TokenizerError,
 )
+from metaseq_api.flags import Parser
 from metaseq_api.launch import child, rendezvous, supervisor, terms
 from metaseq_api.launch.meeting import address_of
 from metaseq_api.settings import Settings
@@ -50,18 +49,8 @@ RANKS_PER_CORE = 4
 """CPU ranks beyond this do nothing but wait for each other, from the first import on."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Refuse in one line, with the flag that was probably meant."""
-        hints = []
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
-            hints += [f"did you mean {near[0]}?"] if word.startswith("-") and near else []
-        raise SettingsError("; ".join([message, *hints, "see --help"]))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="metaseq-api-local",
         description="Serve an OPT checkpoint over HTTP, straight from its FSDP shards or model parts.",
         epilog="What no flag says is taken from constants.py, then from the checkpoint itself.",

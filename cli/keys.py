@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from metaseq_api import log
-from metaseq_api.errors import MetaseqApiError, SettingsError
+from metaseq_api.errors import SettingsError
+from metaseq_api.flags import Parser, guarded
 from metaseq_api.server.key_file import (
     Key,
     change_keys,
@@ -30,8 +31,8 @@ from metaseq_api.server.key_file import (
 from metaseq_api.settings import find_constants, read_constants
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metaseq-api-keys", description="The API keys that a service asks for.")
+def _parser() -> Parser:
+    parser = Parser(prog="metaseq-api-keys", description="The API keys that a service asks for.")
     parser.add_argument("--keys", type=Path, metavar="FILE", help="default: KEYS_FILE of constants.py")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("add", help="make a key and show it this once", description="Make a key.")
@@ -52,20 +53,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Change or show a file of keys; returns the exit code."""
-    args = _parser().parse_args(argv)
     log.setup()
-    try:
-        path = args.keys or _configured()
-        if args.command == "add":
-            _add(path, args)
-        elif args.command == "remove":
-            _remove(path, args.name)
-        else:
-            _list(path)
-    except MetaseqApiError as e:
-        print(f"metaseq-api-keys: error: {e}", file=sys.stderr)
-        return e.exit_code
-    return 0
+    return guarded("metaseq-api-keys", lambda: _do(_parser().parse_args(argv)))
+
+
+def _do(args: argparse.Namespace) -> None:
+    path = args.keys or _configured()
+    if args.command == "add":
+        _add(path, args)
+    elif args.command == "remove":
+        _remove(path, args.name)
+    else:
+        _list(path)
 
 
 def _configured() -> Path:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES, Checkpoint
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.door import Parser, add_threads, guarded
@@ -44,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab-filename", type=Path)
     parser.add_argument("--merges-filename", type=Path)
     add_threads(parser)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         checkpoint = open_checkpoint(args.source)
         files = files_to_copy(
             args.source,
@@ -59,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write = _hugging_face if args.to == HUGGING_FACE else _metaseq
         print("\n".join(map(str, write(args, checkpoint, files))))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 def _metaseq(args: argparse.Namespace, checkpoint: Checkpoint | WholeCheckpoint, files: dict[str, bytes]) -> list[Path]:

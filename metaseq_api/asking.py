@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from metaseq_api import settings
 from metaseq_api.client import Client
@@ -42,13 +42,6 @@ class Source(Protocol):
     def stream(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]: ...
 
     def close(self) -> None: ...
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see --help")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import Checkpoint
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.door import Parser, add_threads, guarded
@@ -35,10 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-arch-name", help="refused: the architecture is read from the files")
     parser.add_switch("--is-ema", False, "refused: averaged weights are not read")
     add_threads(parser)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         if args.new_arch_name or args.is_ema:
             flag = "--new-arch-name" if args.new_arch_name else "--is-ema"
             raise SettingsError(f"{flag} is not offered: only the weights of an OPT, as they are, can be written")
@@ -46,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress_bar("writing") as progress:
             print("\n".join(map(str, write_all(outputs, progress, args.num_threads))))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 def _files(args: argparse.Namespace) -> list[Output]:

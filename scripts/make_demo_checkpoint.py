@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from metaseq_api.checkpoint.door import guarded
+from metaseq_api.checkpoint.door import Parser, guarded
 from metaseq_api.checkpoint.trainer import FlatOPT, write_trainer_checkpoint
 from metaseq_api.core.config import ModelConfig
 from metaseq_api.errors import ResourceError, SettingsError
+from metaseq_api.flags import count
 from metaseq_api.tokenizer import EOS_ID, Tokenizer
 
 NUM_PARTS, NUM_SHARDS = 2, 2
@@ -298,22 +299,18 @@ def make(recipe: Recipe, output: Path) -> None:
     print(f"wrote {output}")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train the demo model and write it as FSDP shards.")
+    parser = Parser(prog="make_demo_checkpoint", description="Train the demo model and write it as FSDP shards.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards, vocab.json and merges.txt")
-    parser.add_argument("--steps", type=_count, help=f"training steps (default {Recipe().steps}, a few minutes)")
+    parser.add_argument("--steps", type=count, help=f"training steps (default {Recipe().steps}, a few minutes)")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--smoke", action="store_true", help="a tiny model in seconds, to see that it works")
-    args = parser.parse_args(argv)
-    recipe = SMOKE if args.smoke else Recipe()
-    recipe = replace(recipe, seed=args.seed, steps=args.steps or recipe.steps)
-    return guarded(lambda: make(recipe, args.output))
+
+    def job(args: argparse.Namespace) -> None:
+        recipe = SMOKE if args.smoke else Recipe()
+        make(replace(recipe, seed=args.seed, steps=args.steps or recipe.steps), args.output)
+
+    return guarded(parser, argv, job)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ state is cut with the weights where the part holds any.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.door import Parser, add_threads, by_part, guarded
@@ -30,10 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")
     parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
     add_threads(parser)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         form = Form(
             unflatten=False,
             skip_optimizer_state=args.skip_optimizer_state,
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = write_all(outputs, progress, args.num_threads)
         print("\n".join(map(str, paths)))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 if __name__ == "__main__":

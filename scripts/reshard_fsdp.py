@@ -10,10 +10,10 @@ there already, written by the same command from the same files, stays.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.door import Parser, add_threads, by_part, guarded
@@ -43,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
     parser.add_switch("--drop-metaseq-req", False, "leave out the training data's state, which needs metaseq to load")
     add_threads(parser)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         unflatten = args.num_output_shards == 1 if args.unflatten_weights is None else args.unflatten_weights
         form = Form(
             unflatten=unflatten,
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = write_all(outputs, progress, args.num_threads)
         print("\n".join(map(str, paths)))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 if __name__ == "__main__":

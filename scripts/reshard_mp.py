@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.door import Parser, add_threads, expand, guarded
@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dtype", choices=tuple(DTYPES), help="default: as stored")
     parser.add_switch("--drop-metaseq-req", False, "leave out the training data's state, which needs metaseq to load")
     add_threads(parser)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         form = Form(
             skip_optimizer_state=args.skip_optimizer_state,
             dtype=DTYPES.get(args.output_dtype),
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print("\n".join(map(str, paths)))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 if __name__ == "__main__":

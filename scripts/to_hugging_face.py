@@ -7,11 +7,11 @@ The tokenizer's files are copied where they are found beside the checkpoint, one
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaseq_api import log
 from metaseq_api.checkpoint.checkpoint import DTYPES
 from metaseq_api.checkpoint.door import Parser, guarded
 from metaseq_api.checkpoint.opening import open_checkpoint
@@ -31,10 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-file-gb", type=float, default=MAX_FILE_BYTES / 1e9, help="default: %(default)s")
     parser.add_argument("--vocab-filename", type=Path)
     parser.add_argument("--merges-filename", type=Path)
-    args = parser.parse_args(argv)
-    log.setup()
 
-    def job() -> None:
+    def job(args: argparse.Namespace) -> None:
         if not args.max_file_gb > 0:
             raise SettingsError(f"--max-file-gb is {args.max_file_gb}; it must be more than 0")
         checkpoint = open_checkpoint(args.input)
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print("\n".join(map(str, paths)))
 
-    return guarded(job)
+    return guarded(parser, argv, job)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOW = {"errors", "settings", "log", "progress", "machine"}
+LOW = {"errors", "settings", "log", "progress", "machine", "flags"}
 TENSOR = {"torch", "numpy"}
 # part of the library -> (parts it may import, third parties it may import)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "flags": ({"errors"}, set()),
     "log": (set(), set()),
     "machine": (set(), set()),
     "progress": (set(), {"tqdm"}),

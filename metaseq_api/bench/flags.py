@@ -9,12 +9,13 @@ from metaseq_api.bench.load import LAYOUTS
 from metaseq_api.bench.rivals import NAMES, US
 from metaseq_api.bench.work import LONGEST, SHORTEST
 from metaseq_api.core.config import OPT_SHAPES
+from metaseq_api.flags import Parser, count
 from metaseq_api.settings import DTYPES
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None) -> Parser:
     """Of the whole command; `args.kind` is the job's name."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="metaseq-api-bench", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = top.add_subparsers(dest="kind", required=True, metavar="JOB", help="each has --help")
@@ -23,34 +24,34 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return top
 
 
-def _latency(p: argparse.ArgumentParser) -> None:
+def _latency(p: Parser) -> None:
     _subject(p, "opt-125m")
     _against(p)
-    p.add_argument("--prompt-len", type=_count, default=128, help="tokens before those that are timed (default: 128)")
+    p.add_argument("--prompt-len", type=count, default=128, help="tokens before those that are timed (default: 128)")
     p.add_argument("--new-tokens", type=_several, default=128, help="tokens of an answer (default: 128)")
-    p.add_argument("--prefill-len", type=_count, default=1024, help="tokens of the long prompt (default: 1024)")
+    p.add_argument("--prefill-len", type=count, default=1024, help="tokens of the long prompt (default: 1024)")
     _kept(p)
 
 
-def _throughput(p: argparse.ArgumentParser) -> None:
+def _throughput(p: Parser) -> None:
     _subject(p, "opt-125m")
     _against(p)
-    p.add_argument("--requests", type=_count, nargs="+", default=[32], metavar="N", help="at once (default: 32)")
+    p.add_argument("--requests", type=count, nargs="+", default=[32], metavar="N", help="at once (default: 32)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of every request (default: 0, greedy)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature (default: 1)")
     _lengths(p)
     _kept(p, plot=True)
 
 
-def _serve(p: argparse.ArgumentParser) -> None:
+def _serve(p: Parser) -> None:
     _subject(p, "opt-125m")
-    p.add_argument("--model-parallel", type=_count, metavar="N", help="ranks of a service that is started here")
+    p.add_argument("--model-parallel", type=count, metavar="N", help="ranks of a service that is started here")
     p.add_argument("--url", help="a running server instead, http://host:port; its key is taken from $METASEQ_API_KEY")
     p.add_argument("--model", help="its model's name, where it wants one")
     sweep = p.add_mutually_exclusive_group()
-    sweep.add_argument("--concurrency", type=_count, nargs="+", metavar="N", help="streams at once (default: 1 4 16)")
+    sweep.add_argument("--concurrency", type=count, nargs="+", metavar="N", help="streams at once (default: 1 4 16)")
     sweep.add_argument("--rate", type=_rate, nargs="+", metavar="R", help="requests a second, at random times")
-    p.add_argument("--requests", type=_count, metavar="N", help="of each level (default: 4 a stream; 30 s at a rate)")
+    p.add_argument("--requests", type=count, metavar="N", help="of each level (default: 4 a stream; 30 s at a rate)")
     p.add_argument("--ttft-ms", type=float, default=1000.0, help="limit of the goodput (default: 1000)")
     p.add_argument("--tpot-ms", type=float, default=100.0, help="limit of the goodput (default: 100)")
     p.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
@@ -58,46 +59,46 @@ def _serve(p: argparse.ArgumentParser) -> None:
     _kept(p, plot=True)
 
 
-def _startup(p: argparse.ArgumentParser) -> None:
+def _startup(p: Parser) -> None:
     _subject(p, None)
-    p.add_argument("--model-parallel", type=_count, metavar="N", help="ranks")
-    p.add_argument("--starts", type=_count, default=3, metavar="N", help="one after the other (default: 3)")
+    p.add_argument("--model-parallel", type=count, metavar="N", help="ranks")
+    p.add_argument("--starts", type=count, default=3, metavar="N", help="one after the other (default: 3)")
     _kept(p)
 
 
-def _http(p: argparse.ArgumentParser) -> None:
+def _http(p: Parser) -> None:
     _subject(p, None)
-    p.add_argument("--rounds", type=_count, default=3, help="how often the sides take turns (default: 3)")
-    p.add_argument("--streams", type=_count, default=256, help="at once (default: 256)")
+    p.add_argument("--rounds", type=count, default=3, help="how often the sides take turns (default: 3)")
+    p.add_argument("--streams", type=count, default=256, help="at once (default: 256)")
     p.add_argument("--new-tokens", type=_several, default=200, help="of each stream (default: 200)")
-    p.add_argument("--connections", type=_count, default=64, help="for requests of one token (default: 64)")
-    p.add_argument("--requests", type=_count, default=40, help="of each connection (default: 40)")
+    p.add_argument("--connections", type=count, default=64, help="for requests of one token (default: 64)")
+    p.add_argument("--requests", type=count, default=40, help="of each connection (default: 40)")
     _kept(p)
 
 
-def _reshard(p: argparse.ArgumentParser) -> None:
+def _reshard(p: Parser) -> None:
     p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b")
-    p.add_argument("--shards", type=_count, default=8)
-    p.add_argument("--rounds", type=_count, default=3)
+    p.add_argument("--shards", type=count, default=8)
+    p.add_argument("--rounds", type=count, default=3)
     p.add_argument(
         "--folder", type=Path, required=True, help="where 17 bytes a parameter are free; files are kept there"
     )
     _kept(p)
 
 
-def _load(p: argparse.ArgumentParser) -> None:
+def _load(p: Parser) -> None:
     p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b")
     p.add_argument("--layouts", choices=sorted(LAYOUTS), nargs="+", default=list(LAYOUTS))
-    p.add_argument("--ranks", type=_count, nargs="+", default=[1, 2])
+    p.add_argument("--ranks", type=count, nargs="+", default=[1, 2])
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of what is computed (default: fp32)")
-    p.add_argument("--rounds", type=_count, default=3)
+    p.add_argument("--rounds", type=count, default=3)
     p.add_argument(
         "--folder", type=Path, required=True, help="where 6 bytes a parameter are free; files are kept there"
     )
     _kept(p)
 
 
-def _rivals(p: argparse.ArgumentParser) -> None:
+def _rivals(p: Parser) -> None:
     p.add_argument("--harness", type=Path, required=True, metavar="DIR", help="adapters, workload.py and run_peers.py")
     p.add_argument("--work", type=Path, required=True, metavar="DIR", help="its models and environments")
     p.add_argument("--shape", choices=("opt-125m", "opt-1.3b"), default="opt-125m", help="default: opt-125m")
@@ -105,11 +106,11 @@ def _rivals(p: argparse.ArgumentParser) -> None:
     known = sorted(NAMES.keys() - {US})
     p.add_argument("--rivals", choices=known, nargs="+", default=["ov", "vllm", "hf"], help="default: ov vllm hf")
     p.add_argument("--serving", choices=["vllm"], nargs="*", default=[], help="asked through HTTP too (default: none)")
-    p.add_argument("--rounds", type=_count, default=3, help="of three, two and one turns (default: 3)")
+    p.add_argument("--rounds", type=count, default=3, help="of three, two and one turns (default: 3)")
     _kept(p)
 
 
-def _page(p: argparse.ArgumentParser) -> None:
+def _page(p: Parser) -> None:
     p.add_argument("runs", type=Path, help="folder of the files that --json wrote")
     p.add_argument("page", type=Path, help="Markdown with marks: <!-- run NAME --> and <!-- end -->")
 
@@ -127,7 +128,7 @@ JOBS = {
 }
 
 
-def _subject(p: argparse.ArgumentParser, shape: str | None) -> None:
+def _subject(p: Parser, shape: str | None) -> None:
     """`shape` None: the embedded demo is measured where nothing is named."""
     which = p.add_mutually_exclusive_group()
     default = f"default: {shape or 'the embedded demo'}"
@@ -136,37 +137,31 @@ def _subject(p: argparse.ArgumentParser, shape: str | None) -> None:
     p.set_defaults(otherwise=shape)
     p.add_argument("--dtype", choices=DTYPES, help="default: as stored on a GPU, fp32 on a CPU")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    p.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: one for each core)")
+    p.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: one for each core)")
 
 
-def _against(p: argparse.ArgumentParser) -> None:
+def _against(p: Parser) -> None:
     p.add_argument(
         "--against", choices=["none", "hf"], default="none", help="Hugging Face's generate, in turns with ours"
     )
     p.add_argument("--ranks", type=_several, metavar="N", help="also split over so many, which share the threads")
-    p.add_argument("--rounds", type=_count, default=3, help="of which the median is shown (default: 3)")
+    p.add_argument("--rounds", type=count, default=3, help="of which the median is shown (default: 3)")
 
 
-def _lengths(p: argparse.ArgumentParser) -> None:
+def _lengths(p: Parser) -> None:
     p.add_argument("--new-tokens", type=_several, default=128, help="tokens of each answer (default: 128)")
-    p.add_argument("--shortest", type=_count, default=SHORTEST, help=f"tokens of a prompt (default: {SHORTEST})")
-    p.add_argument("--longest", type=_count, default=LONGEST, help=f"tokens of a prompt (default: {LONGEST})")
+    p.add_argument("--shortest", type=count, default=SHORTEST, help=f"tokens of a prompt (default: {SHORTEST})")
+    p.add_argument("--longest", type=count, default=LONGEST, help=f"tokens of a prompt (default: {LONGEST})")
 
 
-def _kept(p: argparse.ArgumentParser, *, plot: bool = False) -> None:
+def _kept(p: Parser, *, plot: bool = False) -> None:
     p.add_argument("--json", type=Path, metavar="FILE", help="keep all figures here")
     if plot:
         p.add_argument("--plot", type=_svg, metavar="FILE.svg", help="throughput against latency, with the roofline")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def _several(text: str) -> int:
-    if _count(text) < 2:
+    if count(text) < 2:
         raise argparse.ArgumentTypeError(f"{text} is too few; ask for 2 or more")
     return int(text)
 

@@ -1,6 +1,6 @@
-"""What the doors on checkpoints share: metaseq's spelling of flags, an error in one line.
+"""What the doors on checkpoints share: metaseq's spelling of flags, and the files that patterns name.
 
-Knows terminals and exit codes. Does not know what a door does.
+Does not know what a door does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from metaseq_api.errors import CheckpointNotFound, MetaseqApiError, SettingsError
+from metaseq_api import flags, log
+from metaseq_api.errors import CheckpointNotFound, SettingsError
 from metaseq_api.machine import available_bytes, num_cores
 
 PART = "{part}"
@@ -21,7 +22,7 @@ THREAD_BYTES = 1 << 29
 """Units: bytes; a thread takes a few blocks of write.CHUNK, and the kernel likes some to cache."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(flags.Parser):
     """Takes `--like-this` and `--like_this`, as python-fire did for metaseq."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -49,17 +50,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --num-threads: how many files are written at a time."""
     parser.add_argument(
         "--num-threads",
-        type=_positive,
+        type=flags.count,
         default=max(1, min(MAX_THREADS, num_cores(), available_bytes() // THREAD_BYTES)),
         metavar="N",
         help="files written at a time; default: what cores and memory allow (here %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -94,15 +89,8 @@ def by_part(patterns: Sequence[str], output: str) -> list[tuple[list[Path], str]
     return [(expand(inputs), output.replace(PART, str(j))) for j, inputs in jobs]
 
 
-def guarded(job: Callable[[], object]) -> int:
-    """Run a door's job; an error the user can act on becomes one line and its exit code."""
-    prog = Path(sys.argv[0]).stem
-    try:
-        job()
-    except MetaseqApiError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; files that were not finished do not have their final name", file=sys.stderr)  # noqa: T201
-        return 130
-    return 0
+def guarded(parser: Parser, argv: Sequence[str] | None, job: Callable[[argparse.Namespace], object]) -> int:
+    """Run a door's job with what its flags say; returns the exit code."""
+    log.setup()
+    unfinished = "interrupted; files that were not finished do not have their final name"
+    return flags.guarded(parser.prog, lambda: job(parser.parse_args(argv)), unfinished)

@@ -6,34 +6,20 @@ Knows flags. Does not know what the door does with them.
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NoReturn
 
-from metaseq_api import __version__
-from metaseq_api.errors import SettingsError
+from metaseq_api import __version__, flags
 from metaseq_api.launch import sbatch
 from metaseq_api.settings import DTYPES
 
 
-class Parser(argparse.ArgumentParser):
-    known: ClassVar[Sequence[str]] = ()
-    """Those of every command."""
+class Parser(flags.Parser):
+    """Knows sbatch's options, and why some are not passed on."""
 
-    def error(self, message: str) -> NoReturn:
-        """Refuse in one line, with the option that was probably meant, or what to do instead."""
-        hints = []
-        for word in re.findall(r"(?<!\S)--?[\w-]+", message.partition("unrecognized arguments: ")[2]):
-            name = word.lstrip("-")
-            near = difflib.get_close_matches(word, self.known, n=1)
-            if name in sbatch.OURS:
-                hints.append(f"{word} is not passed on to sbatch: {sbatch.OURS[name]}")
-            elif near:
-                hints.append(f"did you mean {near[0]}?")
-        raise SettingsError("; ".join([message, *hints, "see --help"]))
+    def hint(self, flag: str) -> list[str]:
+        why = sbatch.OURS.get(flag.lstrip("-"))
+        return [f"{flag} is not passed on to sbatch: {why}"] if why else super().hint(flag)
 
 
 def add_sbatch(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +42,6 @@ def add_sbatch(parser: argparse.ArgumentParser) -> None:
 def sbatch_options(args: argparse.Namespace) -> dict[str, str | None]:
     """Those of sbatch's options that were given, by name; None for one without a value."""
     return {k.removeprefix("sbatch "): v for k, v in vars(args).items() if k.startswith("sbatch ")}
-
-
-def count(text: str) -> int:
-    """A number from 1 on, as argparse reads one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def port(text: str) -> int:
@@ -99,13 +78,12 @@ def slurm_parser(prog: str) -> argparse.ArgumentParser:
     _add_proxy(command("proxy", "One address in front of the members of a service, by HAProxy, until Ctrl-C."))
     check = command("doctor", "Check this site before anything is submitted.")
     check.add_argument("checkpoint", nargs="?", type=Path, help="is it readable from the nodes?")
-    check.add_argument("--nodes", type=count, default=2, help="nodes of the trial job (default: 2)")
+    check.add_argument("--nodes", type=flags.count, default=2, help="nodes of the trial job (default: 2)")
     check.add_argument("--gpus", type=int, default=0, help="GPUs of each node that the trial job asks for (default: 0)")
     check.add_argument("--python", default=sys.executable, metavar="FILE", help="the nodes' Python (default: this one)")
     check.add_argument("--no-job", action="store_true", help="look from here only; start no trial job")
     check.add_argument("--wait-s", type=float, default=300.0, metavar="S", help="for the trial job (default: 300)")
     add_sbatch(check)
-    Parser.known = [o for p in commands.choices.values() for o in p._option_string_actions]
     return parser
 
 
@@ -113,18 +91,23 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder of shards or model parts (default: the demo)")
     add("--name", help="of the service (default: the checkpoint's folder)")
-    add("-N", "--nodes", type=count, default=1, help="default: 1")
+    add("-N", "--nodes", type=flags.count, default=1, help="default: 1")
     add("--gpus", type=int, default=None, metavar="N", help="of each node (default: all of one); 0 serves on CPUs")
     add(
         "--model-parallel",
-        type=count,
+        type=flags.count,
         metavar="N",
         help="ranks the model is split over (default: as many GPUs as divide it)",
     )
     add("--dtype", choices=DTYPES, help="of weights and cache (default: as stored on a GPU, fp32 on a CPU)")
-    add("--max-seq-len", type=count, metavar="N", help="tokens of prompt and completion (default: the model's window)")
+    add(
+        "--max-seq-len",
+        type=flags.count,
+        metavar="N",
+        help="tokens of prompt and completion (default: the model's window)",
+    )
     add("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: what gres or features tell)")
-    add("--replicas", type=count, default=1, metavar="N", help="members, each with the model whole (default: 1)")
+    add("--replicas", type=flags.count, default=1, metavar="N", help="members, each with the model whole (default: 1)")
     add("--successor", action="store_true", help="before its time is over, each member submits the job that takes over")
     add("--host", default="0.0.0.0", help="address to listen on (default: every one of its node's)")
     add("--port", type=port, default=0, help="default: 0, a free one, bound once; the registry tells which")
