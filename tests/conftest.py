@@ -7,8 +7,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as Hugging Face's models do
+
+
+# how long an example takes is the machine's doing, not the code's
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def test_a_mistake_is_told_and_the_talk_goes_on(source: list[str], tmp_path: Pat
     ran = run("interactive", *source, *GREEDY, cwd=tmp_path, given=typed)
     errors = ran.stderr.splitlines()
     assert all(line.startswith("metaseq-api-interactive: error: ") for line in errors)
-    assert [word in line for word, line in zip(("no last prompt", "/sett", "temperature"), errors, strict=True)]
+    assert all(word in line for word, line in zip(("no last prompt", "/sett", "temperature"), errors, strict=True))
     assert ran.stdout.startswith(" string of the string.")
     assert "/unset NAME" in ran.stdout
     assert ran.returncode == 0
@@ -87,7 +87,8 @@ def test_on_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_ends(service: Service, tmp
 
         until(lambda: shows("> "), "the first prompt")
         os.write(person, b"Return the\n")
-        until(lambda: service.running, "a text to begin")
+        asked = b"Return the\r\n"  # as a terminal shows it
+        until(lambda: shows(asked.decode()) and not seen.endswith(asked), "a text to begin")
         seen.clear()
         talk.send_signal(signal.SIGINT)
         until(lambda: shows("> "), "the next prompt")

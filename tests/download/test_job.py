@@ -81,7 +81,7 @@ def test_the_first_file_that_cannot_be_had_ends_the_others(
 
     server.faults = {"/f0": [slow], "/f1": [gone]}
     with pytest.raises(CheckpointNotFound, match="/f1: the server answers 403 Forbidden"):
-        download(files, tmp_path, jobs=2, web=Web(timeout_s=0.5))
+        download(files, tmp_path, jobs=2, web=Web(timeout_s=0.9))
     assert not [f for f in files if f.name != "f1" and (tmp_path / f.name).exists()]
     server.asked.clear()
     download(files, tmp_path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.engines import ask, running_engine
+from support.engines import ask, running_engine, slow_down
 from support.processes import until
 from torch import Tensor
 
@@ -68,6 +68,7 @@ def test_a_sequence_that_its_words_end_is_started_once_more_for_nothing(engine: 
 
 
 def test_one_that_is_cancelled_while_its_token_is_unread_leaves_the_others_alone(engine: Engine) -> None:
+    slow_down(engine)
     want = ask(engine, [9, 8, 7], max_tokens=60, temperature=0, ignore_eos=True)
     for num in range(8):
         going = [engine.submit(request(5, 6, i, max_tokens=80, temperature=0)) for i in range(4)]
@@ -85,6 +86,7 @@ def test_one_that_is_cancelled_while_its_token_is_unread_leaves_the_others_alone
 
 def test_an_error_of_a_step_reaches_those_whose_tokens_are_unread(tmp_path: Path) -> None:
     with running_engine(tmp_path, ahead=True, fails=True) as engine:
+        slow_down(engine)
         ticket = engine.submit(request(5, 6, max_tokens=80, temperature=0))
         until(lambda: engine.stats.generation_tokens > 2, "some tokens")
 

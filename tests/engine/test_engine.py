@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import WINDOW, ask, running_engine, tiny_model
+from support.engines import WINDOW, ask, running_engine, slow_down, tiny_model
 from support.hf_opt import logits
 
 from metaseq_api.core import Completion, FinishReason, Request, SamplingParams
@@ -277,6 +277,7 @@ def test_a_cache_of_one_window_is_enough_to_fill_it(tmp_path: Path) -> None:
 
 def test_more_than_the_queue_holds_is_refused(tmp_path: Path) -> None:
     with running_engine(tmp_path, max_queue=3) as engine:
+        slow_down(engine)
         ticket = engine.submit(request(prompt(3), max_tokens=60, n=3, ignore_eos=True))
         with pytest.raises(Overloaded):
             engine.submit(request(prompt(3)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.engines import running_engine
+from support.engines import running_engine, slow_down
 from support.processes import until
 
 from metaseq_api.core import Request, SamplingParams
@@ -26,6 +26,7 @@ def test_a_running_request_out_of_time_is_504_and_its_blocks_are_free_at_once(tm
 
 def test_one_that_only_waits_is_given_up_in_its_time_too(tmp_path: Path) -> None:
     with running_engine(tmp_path, max_batch_size=1) as engine:
+        slow_down(engine)
         client = create_app(engine, Settings()).test_client()
         ids = tuple(engine.encode("return"))
         params = SamplingParams(max_tokens=80, n=8, ignore_eos=True)
@@ -37,6 +38,7 @@ def test_one_that_only_waits_is_given_up_in_its_time_too(tmp_path: Path) -> None
 
 def test_a_full_queue_sends_clients_away_for_as_long_as_the_engine_needs(tmp_path: Path) -> None:
     with running_engine(tmp_path, max_queue=8) as engine:
+        slow_down(engine)
         client = create_app(engine, Settings()).test_client()
         ids = tuple(engine.encode("return"))
         params = SamplingParams(max_tokens=80, n=8, ignore_eos=True)

@@ -109,9 +109,9 @@ def test_a_service_tells_how_long_it_took_and_where_that_went(start: Start) -> N
     service = start()
     told = next(m for line in service.lines if (m := re.search(r"ready after ([\d.]+) s: (.*)", line)))
     laps = {name: float(spent) for name, spent in (lap.rsplit(" ", 1) for lap in told[2].split(", "))}
-    assert {"door", "imports"} <= set(laps)
+    assert "imports" in laps
     assert sum(laps.values()) <= float(told[1]) + 0.05 * (len(laps) + 1)  # each is rounded
-    assert laps["imports"] > laps["door"]
+    assert laps["imports"] > laps.get("door", 0)  # what took next to no time is not told
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
@@ -197,23 +197,23 @@ def test_no_rank_outlives_a_killed_parent(start: Start) -> None:
 
 
 def test_a_request_that_runs_when_the_end_comes_is_answered(start: Start) -> None:
-    service = start()
+    service = start("--grace", "120")
+    asked = {"prompt": [[7, 8]] * 16, "max_tokens": 300, "ignore_eos": True}  # a second and more
     answers: list[dict[str, object]] = []
-    client = threading.Thread(
-        target=lambda: answers.append(service.complete(prompt=[7, 8], max_tokens=300, ignore_eos=True))
-    )
+    client = threading.Thread(target=lambda: answers.append(service.complete(**asked)))
     client.start()
     until(lambda: service.running, "the request to run")
     service.process.terminate()
     assert service.end(60) == 0
     client.join(10)
-    assert answers[0]["usage"]["completion_tokens"] == 300  # type: ignore[index]
+    assert answers[0]["usage"]["completion_tokens"] == 16 * 300  # type: ignore[index]
+    assert any("16 running sequences have" in line for line in service.said()), service.lines
 
 
 def test_the_end_refuses_new_requests_at_once_and_lets_running_ones_finish_streams_included(start: Start) -> None:
     service = start("--model-parallel", "2")
     ended: list[int] = []
-    longest = {"prompt": [7, 8], "max_tokens": 450, "ignore_eos": True}
+    longest = {"prompt": [[7, 8]] * 16, "max_tokens": 450, "ignore_eos": True}
 
     def ask() -> None:
         ended.append(service.complete(**longest)["usage"]["completion_tokens"])
@@ -226,7 +226,7 @@ def test_the_end_refuses_new_requests_at_once_and_lets_running_ones_finish_strea
     clients = [threading.Thread(target=t) for t in (ask, ask, read_stream)]
     for client in clients:
         client.start()
-    until(lambda: service.running == 3, "the requests to run")
+    until(lambda: service.running == 48, "the requests to run")
     os.killpg(service.process.pid, signal.SIGTERM)  # as SLURM does: every process has it
     until(lambda: service.status("/health") == 503, "the service to say that it is not ready")
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -237,8 +237,8 @@ def test_the_end_refuses_new_requests_at_once_and_lets_running_ones_finish_strea
     assert service.end(60) == 0
     for client in clients:
         client.join(10)
-    assert ended == [450, 450, 450]
-    assert any("3 running sequences have" in line for line in service.lines), service.lines
+    assert ended == [16 * 450] * 3
+    assert any("48 running sequences have" in line for line in service.said()), service.lines
 
 
 def test_what_still_runs_when_the_grace_is_over_gets_a_clear_error_also_in_a_stream(start: Start) -> None:
@@ -365,7 +365,7 @@ def test_bad_input_is_one_line_and_a_distinct_exit_code(
         damage(demo)
     service = start(str(demo), *arguments, wait=False)
     assert service.process.wait(60) == code, service.lines
-    errors = [line for line in service.lines if "error" in line.lower()]
+    errors = [line for line in service.said() if "error" in line.lower()]
     assert len(errors) == 1, service.lines
     assert says in errors[0]
     assert not any("Traceback" in line for line in service.lines)
@@ -376,7 +376,7 @@ def test_a_port_in_use_is_said_before_anything_is_started(start: Start) -> None:
         port = taken.getsockname()[1]
         service = start("--port", str(port), wait=False)
         assert service.process.wait(60) == 9
-    assert len(service.lines) == 1
+    assert len(service.said()) == 1
     assert f"port {port} " in service.lines[0]
 
 
@@ -384,7 +384,7 @@ def test_too_little_memory_is_said_before_anything_is_read(tmp_path: Path, start
     (tmp_path / "constants.py").write_text(f"CACHE_TOKENS = {10**12}\n")
     service = start(wait=False)
     assert service.process.wait(60) == 10
-    assert "GiB" in service.lines[-1]
+    assert "GiB" in service.said()[-1]
 
 
 def test_under_torchrun_each_process_is_a_rank_and_the_answer_is_the_same(want: list[str], start: Start) -> None:

@@ -39,6 +39,7 @@ def test_nobody_listens_any_more_when_it_has_let_go() -> None:
         signals.wake()
         waiter = threading.Thread(target=drain.let_go)
         waiter.start()
+        waiter.join(0.2)
         assert waiter.is_alive()  # it may not go on yet
         may_read.set()
         waiter.join(10)

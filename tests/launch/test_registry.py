@@ -130,9 +130,10 @@ def test_forgetting_leaves_the_log_and_frees_the_name(registry: Registry) -> Non
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     replace_json(path, {"n": 0})
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
     def write() -> None:
+        begun.wait(30)
         for n in range(300):
             replace_json(path, {"n": n, "filler": "x" * 5000})
         done.set()
@@ -143,6 +144,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     while not done.is_set():
         assert json.loads(path.read_text())["n"] >= seen
         seen = json.loads(path.read_text())["n"]
+        begun.set()
     writer.join()
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_tokenizer
-from support.engines import tiny_model
+from support.engines import slow_down, tiny_model
 from support.hf_opt import logits
 from support.processes import clean_env, until
 
@@ -207,6 +207,7 @@ def test_closed_it_says_so_and_its_thread_is_gone(folder: Path) -> None:
 
 def test_closing_answers_whoever_still_waits(folder: Path) -> None:
     llm = LLM(folder)
+    slow_down(llm._resident.engine)
     stream = llm.stream("x", SamplingParams(max_tokens=90, ignore_eos=True))
     next(stream)
     llm.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from support.hf_opt import config_of, metaseq_weights, tiny_opt
 from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
 from support.uncaptured import uncaptured
+from torch import Tensor
 from transformers import OPTForCausalLM
 
-from metaseq_api.core import Completion, Request, SamplingParams
+from metaseq_api.core import Batch, Completion, Request, SamplingParams
 from metaseq_api.engine.channel import Channel
 from metaseq_api.engine.engine import Engine
 from metaseq_api.engine.limits import Limits
@@ -80,6 +82,17 @@ def running_engine(
     assert not engine._book._live
     assert not engine._book._leaders
     assert not engine._admission.num_inside
+
+
+def slow_down(engine: Engine) -> None:
+    """Each of its steps takes 5 ms at least, so that what should happen while it works does, on any machine."""
+    run = engine._worker.run
+
+    def slowly(batch: Batch) -> Iterator[Tensor | None]:
+        time.sleep(0.005)
+        return run(batch)
+
+    engine._worker.run = slowly  # type: ignore[method-assign]
 
 
 def engine_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -129,7 +130,9 @@ class Service:
     def kill(self) -> None:
         """End what is left of it, gently or not."""
         if self.process.poll() is None:
-            for p in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
-                p.kill()
+            for p in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # the one before may have taken it along
+                    p.kill()
+            self.process.kill()
         self.process.wait(10)
         self._listener.join(10)
