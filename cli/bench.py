@@ -17,6 +17,7 @@ figures to --json FILE, throughput against latency with the roofline to --plot F
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -46,21 +47,24 @@ def say(text: str) -> None:
 
 def measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """One job, from its flags to what is shown and kept."""
+    plot = getattr(args, "plot", None)
+    for path, flag in ((args.json, "--json"), (plot, "--plot")):
+        if path:
+            report.check_place(path, flag)
     found = jobs.JOBS[args.kind](args, say)
     kept = report.make(argv, found.lines, found.figures, headline=found.headline)
     print("\n".join(line for line in (found.headline, f"{kept['machine']}; commit {kept['commit']}") if line))
     print(as_text(found.lines))
     if args.json:
-        report.write(kept, args.json)
-    if getattr(args, "plot", None) and found.curves:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(svg(kept["command"], found.curves, found.roofline), "utf-8")
+        report.write(json.dumps(kept, indent=1) + "\n", args.json)
+    if plot and found.curves:
+        report.write(svg(kept["command"], found.curves, found.roofline), plot)
 
 
 def write_page(args: argparse.Namespace) -> None:
     """Tables of the page anew, from the runs that were kept."""
     runs = report.read_runs(args.runs)
-    args.page.write_text(report.fill(args.page.read_text("utf-8"), runs), "utf-8")
+    report.write(report.fill(report.read_page(args.page), runs), args.page)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Knows numbers. Does not know what was measured, or where it is shown.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -53,17 +54,19 @@ def shown(number: float) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """A head, and a line for each row: medians with the range, and the ratio of the first two sides."""
+    """A head, and a line for each row: medians with the range, and the ratio of each side and the next one."""
     sides = [s for s in SIDES if any(s in row.values for row in rows)]
-    head = ["", "unit", *(SIDES[s] for s in sides), *(["ratio"] if len(sides) > 1 else [])]
+    pairs = list(itertools.pairwise(sides))
+    told = ["ratio"] if pairs == [("ours", "hf")] else [f"{SIDES[a]} / {SIDES[b]}" for a, b in pairs]
+    head = ["", "unit", *(SIDES[s] for s in sides), *told]
     lines = [head]
     for row in rows:
         line = [row.what, row.unit]
         for side in sides:
             of = row.values.get(side)
             line.append(f"{shown(statistics.median(of))} ({shown(min(of))}-{shown(max(of))})" if of else "")
-        if len(sides) > 1:
-            ratio = row.ratio(*sides[:2])
+        for pair in pairs:
+            ratio = row.ratio(*pair)
             line.append("" if ratio is None else f"{ratio:.2f}")
         lines.append(line)
     return lines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from metaseq_api.bench.load import LAYOUTS
@@ -37,8 +39,8 @@ def _throughput(p: Parser) -> None:
     _subject(p, "opt-125m")
     _against(p)
     p.add_argument("--requests", type=count, nargs="+", default=[32], metavar="N", help="at once (default: 32)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of every request (default: 0, greedy)")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature (default: 1)")
+    p.add_argument("--temperature", type=_heat, default=0.0, metavar="T", help="of every request (default: 0, greedy)")
+    p.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="with a temperature (default: 1)")
     _lengths(p)
     _kept(p, plot=True)
 
@@ -52,8 +54,8 @@ def _serve(p: Parser) -> None:
     sweep.add_argument("--concurrency", type=count, nargs="+", metavar="N", help="streams at once (default: 1 4 16)")
     sweep.add_argument("--rate", type=_rate, nargs="+", metavar="R", help="requests a second, at random times")
     p.add_argument("--requests", type=count, metavar="N", help="of each level (default: 4 a stream; 30 s at a rate)")
-    p.add_argument("--ttft-ms", type=float, default=1000.0, help="limit of the goodput (default: 1000)")
-    p.add_argument("--tpot-ms", type=float, default=100.0, help="limit of the goodput (default: 100)")
+    p.add_argument("--ttft-ms", type=_above_0, default=1000.0, help="limit of the goodput (default: 1000)")
+    p.add_argument("--tpot-ms", type=_above_0, default=100.0, help="limit of the goodput (default: 100)")
     p.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
     _lengths(p)
     _kept(p, plot=True)
@@ -77,9 +79,9 @@ def _http(p: Parser) -> None:
 
 
 def _reshard(p: Parser) -> None:
-    p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b")
-    p.add_argument("--shards", type=count, default=8)
-    p.add_argument("--rounds", type=count, default=3)
+    p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b", help="default: %(default)s")
+    p.add_argument("--shards", type=count, default=8, help="default: %(default)s")
+    p.add_argument("--rounds", type=count, default=3, help="default: %(default)s")
     p.add_argument(
         "--folder", type=Path, required=True, help="where 17 bytes a parameter are free; files are kept there"
     )
@@ -87,11 +89,11 @@ def _reshard(p: Parser) -> None:
 
 
 def _load(p: Parser) -> None:
-    p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b")
-    p.add_argument("--layouts", choices=sorted(LAYOUTS), nargs="+", default=list(LAYOUTS))
-    p.add_argument("--ranks", type=count, nargs="+", default=[1, 2])
+    p.add_argument("--shape", choices=OPT_SHAPES, default="opt-1.3b", help="default: %(default)s")
+    p.add_argument("--layouts", choices=sorted(LAYOUTS), nargs="+", default=list(LAYOUTS), help="default: all")
+    p.add_argument("--ranks", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of what is computed (default: fp32)")
-    p.add_argument("--rounds", type=count, default=3)
+    p.add_argument("--rounds", type=count, default=3, help="default: %(default)s")
     p.add_argument(
         "--folder", type=Path, required=True, help="where 6 bytes a parameter are free; files are kept there"
     )
@@ -166,14 +168,25 @@ def _several(text: str) -> int:
     return int(text)
 
 
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests a second")
-    return rate
+def _number(least: float, most: float, says: str) -> Callable[[str], float]:
+    """Reads a number above `least` and up to `most`; argparse is told what it is not."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least < number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {says}")
+        return number
+
+    return read
+
+
+_above_0 = _number(0, 1e9, "a number above 0")
+_rate = _number(0, 1e6, "a number of requests a second")
+_share = _number(0, 1, "a number above 0, of at most 1")
+_heat = _number(-1e-9, 100, "a temperature from 0 to 100")
 
 
 def _svg(text: str) -> Path:

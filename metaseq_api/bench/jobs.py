@@ -49,7 +49,8 @@ def measure_latency(args: Args, say: Say) -> Outcome:
     )
     of = _subject(args)
     made = ours(of)
-    _check_window(made.ready.config, max(args.prompt_len + args.new_tokens, args.prefill_len + 1), "--prefill-len")
+    _check_window(made.ready.config, args.prompt_len + args.new_tokens, "--prompt-len or --new-tokens")
+    _check_window(made.ready.config, args.prefill_len + 1, "--prefill-len")
     with _sides(of, made, args) as sides:
         rows, probes = latency.measure(sides, made.ready, asked, say)
     best = f"{shown(max(probes) / 1e9)} GB/s, the best of {len(probes)} probes of this run"
@@ -58,6 +59,9 @@ def measure_latency(args: Args, say: Say) -> Outcome:
 
 
 def measure_throughput(args: Args, say: Say) -> Outcome:
+    _check_lengths(args)
+    if args.top_p != 1 and not args.temperature:
+        raise SettingsError(f"--top-p {args.top_p:g} changes nothing without a --temperature above 0; give one too")
     asked = throughput.Load(
         rounds=args.rounds,
         requests=tuple(args.requests),
@@ -67,7 +71,7 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
     )
     of = _subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests))
     made = ours(of)
-    _check_window(made.ready.config, args.longest + args.new_tokens, "--longest")
+    _check_window(made.ready.config, args.longest + args.new_tokens, "--longest or --new-tokens")
     probes = limits.Probes(made.ready.device, made.ready.dtype)
     with _sides(of, made, args) as sides:
         levels = throughput.measure(sides, asked, say, probes.take)
@@ -83,6 +87,7 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
 
 
 def measure_serve(args: Args, say: Say) -> Outcome:
+    _check_lengths(args)
     key = settings.api_key()
     asked = serve.Load(
         concurrency=tuple(args.concurrency or (() if args.rate else (1, 4, 16))),
@@ -103,7 +108,8 @@ def measure_serve(args: Args, say: Say) -> Outcome:
     else:
         of = _subject(args)
         config, dtype, device = of.look()
-        _check_window(config, args.longest + args.new_tokens, "--longest")
+        _check_window(config, args.longest + args.new_tokens, "--longest or --new-tokens")
+        config.check_parallel(of.settings.model_parallel or 1)
         torch.set_num_threads(of.settings.threads or num_cores())
         probes = limits.Probes(device, dtype)
         probes.take()
@@ -120,7 +126,9 @@ def measure_serve(args: Args, say: Say) -> Outcome:
 
 
 def measure_startup(args: Args, say: Say) -> Outcome:
-    starts = startup.measure(_subject(args), args.starts, say)
+    of = _subject(args)
+    of.look()[0].check_parallel(of.settings.model_parallel or 1)
+    starts = startup.measure(of, args.starts, say)
     return Outcome(lines=startup.cells(starts), figures=[dataclasses.asdict(start) for start in starts])
 
 
@@ -147,8 +155,9 @@ def measure_reshard(args: Args, say: Say) -> Outcome:
 
 
 def measure_load(args: Args, say: Say) -> Outcome:
-    files = load.make(args.folder, OPT_SHAPES[args.shape], say)
-    files = {layout: files[layout] for layout in args.layouts}
+    for num in args.ranks:
+        OPT_SHAPES[args.shape].check_parallel(num, "--ranks")
+    files = load.make(args.folder, OPT_SHAPES[args.shape], args.layouts, say)
     found = load.measure(files, args.ranks, args.rounds, args.dtype, say)
     total = sum(path.stat().st_size for path in files[args.layouts[0]])
     how = f"load: to compute in {args.dtype} on the CPU, once, packing included"
@@ -201,6 +210,7 @@ def _sides(of: Subject, made: Ours, args: Args) -> Iterator[dict[str, Generate]]
     sides = {"ours": _with_threads(made, by_engine(made.engine, how=how))}
     with contextlib.ExitStack() as stack:
         if args.ranks is not None:
+            made.ready.config.check_parallel(args.ranks, "--ranks")
             shared = stack.enter_context(split(of, args.ranks))
             sides["split"] = _with_threads(shared, by_engine(shared.engine, how=how))
         if args.against == "hf":
@@ -218,13 +228,19 @@ def _with_threads(made: Ours, generate: Generate) -> Generate:
     return with_them
 
 
-def _check_window(config: ModelConfig, wanted: int, flag: str) -> None:
+def _check_window(config: ModelConfig, wanted: int, flags: str) -> None:
     """Raises: SettingsError where prompt and answer do not fit the model."""
     if wanted > config.max_positions:
         raise SettingsError(
             f"{wanted} tokens of prompt and answer were asked for, and this model's window is {config.max_positions}; "
-            f"lower {flag} or --new-tokens"
+            f"lower {flags}"
         )
+
+
+def _check_lengths(args: Args) -> None:
+    """Raises: SettingsError where the shortest prompt would be longer than the longest."""
+    if args.shortest > args.longest:
+        raise SettingsError(f"--shortest {args.shortest} is more than --longest {args.longest}; give both")
 
 
 def _context_len(args: Args) -> int:

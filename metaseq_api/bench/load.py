@@ -14,9 +14,9 @@ machine may still have them. Warm: they were read just before. Does not print.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from metaseq_api.bench.children import child_of
 from metaseq_api.bench.reshard import check_room, drop, make_shards
 from metaseq_api.checkpoint import open_checkpoint
 from metaseq_api.checkpoint.checkpoint import DTYPES
@@ -55,25 +56,31 @@ class Figure:
         return self.num_bytes / self.seconds / 1e9
 
 
-def make(folder: Path, config: ModelConfig, say: Callable[[str], object]) -> dict[str, list[Path]]:
-    """Write the three layouts below a folder, weights alone; kept where they are there. Raises: ResourceError."""
-    folders = {layout: folder / layout for layout in LAYOUTS}
-    if not all(f.is_dir() for f in folders.values()):
-        check_room(folder, 3 * 2 * config.num_params)
-    make_shards(folders["shards"], config, 8, say, moments=False)
-    if not folders["parts"].is_dir():
+def make(
+    folder: Path, config: ModelConfig, layouts: Sequence[str], say: Callable[[str], object]
+) -> dict[str, list[Path]]:
+    """Write these layouts below a folder, weights alone; kept where they are there. Raises: ResourceError.
+
+    The shards are made in any case, since the others are made of them.
+    """
+    folders = {layout: folder / layout for layout in LAYOUTS if layout in (*layouts, "shards")}
+    missing = [f for f in folders.values() if not f.is_dir()]
+    check_room(folder, 2 * len(missing) * config.num_params)
+    make_shards(folder / "shards", config, 8, say, moments=False)
+    if folder / "parts" in missing:
         say("making 2 parts")
         making, form = folder / "parts.making", Form(skip_optimizer_state=True)
-        (whole,) = reshard_fsdp(sorted(folders["shards"].glob("*.pt")), str(making / "whole.pt"), form=form)
+        (whole,) = reshard_fsdp(sorted((folder / "shards").glob("*.pt")), str(making / "whole.pt"), form=form)
         reshard_mp([whole], str(making / "reshard-model_part-{i}.pt"), num_output_parts=2, form=form)
         whole.unlink()
-        making.rename(folders["parts"])
-    if not folders["hf"].is_dir():
+        making.rename(folder / "parts")
+    if folder / "hf" in missing:
         say("making a Hugging Face folder")
-        write_hugging_face(open_checkpoint(folders["shards"]), folder / "hf.making")
-        (folder / "hf.making").rename(folders["hf"])
+        write_hugging_face(open_checkpoint(folder / "shards"), folder / "hf.making")
+        (folder / "hf.making").rename(folder / "hf")
     suffixes = (".pt", ".safetensors")
-    return {name: sorted(p for p in f.iterdir() if p.suffix in suffixes) for name, f in folders.items()}
+    found = {name: sorted(p for p in f.iterdir() if p.suffix in suffixes) for name, f in folders.items()}
+    return {name: found[name] for name in layouts}
 
 
 def measure(
@@ -98,11 +105,8 @@ def run(way: str, paths: Sequence[Path], num_ranks: int, dtype: str) -> Figure:
     """Read the files once, over so many processes that begin together."""
     code = "from metaseq_api.bench.load import child; child({!r}, {!r}, {}, {}, {!r})"
     lines = [code.format(way, list(map(str, paths)), rank, num_ranks, dtype) for rank in range(num_ranks)]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for line in lines
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(child_of(line)) for line in lines]
         for process in processes:
             assert process.stdout
             process.stdout.readline()  # it has imported everything
@@ -111,10 +115,6 @@ def run(way: str, paths: Sequence[Path], num_ranks: int, dtype: str) -> Figure:
             process.stdin.write("go\n")
             process.stdin.flush()
         said = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     assert not any(process.returncode for process in processes)
     return Figure(num_bytes=sum(path.stat().st_size for path in paths), seconds=max(map(float, said)))
 

@@ -7,7 +7,9 @@ what was measured.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,7 +24,7 @@ import torch
 
 from metaseq_api import __version__
 from metaseq_api.bench.figures import as_markdown
-from metaseq_api.errors import SettingsError
+from metaseq_api.errors import ResourceError, SettingsError
 from metaseq_api.machine import num_cores
 
 MARK = re.compile(r"<!-- run (?P<name>[\w.-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -95,12 +97,31 @@ def commit() -> str:
         return "unknown"
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """Keep it; a reader never finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    part.replace(path)
+def check_place(path: Path, flag: str) -> None:
+    """Make the folder of a file that is written at the end. Raises: SettingsError where it could not be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part = _part(path)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise SettingsError(f"{flag} {path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def write(text: str, path: Path) -> None:
+    """Keep it; a reader never finds half of it. Raises: ResourceError."""
+    part = _part(path)
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written ({error.strerror}); make room, or name another file") from None
 
 
 def rendered(report: dict[str, Any]) -> str:
@@ -131,9 +152,27 @@ def fill(page: str, runs: dict[str, dict[str, Any]]) -> str:
     return MARK.sub(one, page)
 
 
+def read_page(path: Path) -> str:
+    """Raises: SettingsError."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read as a page ({error}); name a Markdown file") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        if not isinstance(run, dict) or not run.keys() >= {"command", "machine", "versions", "headline", "table"}:
+            raise ValueError("it is not what --json writes")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} holds no run ({error}); measure again, or take it out") from None
+    return run
+
+
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Every run that is kept in a folder, by the name of its file. Raises: SettingsError where there is none."""
-    runs = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    runs = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
     if not runs:
         raise SettingsError(f"no run is kept in {folder} (*.json); make bench writes them there")
     return runs

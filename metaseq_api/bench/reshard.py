@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from metaseq_api.bench.children import child_of
 from metaseq_api.checkpoint.contents import Form
 from metaseq_api.checkpoint.flat import Unit, slice_len, units_of, write_units
 from metaseq_api.checkpoint.reshard import reshard_fsdp
@@ -49,7 +50,7 @@ def make_shards(
     folder: Path, config: ModelConfig, num_shards: int, tell: Callable[[str], object], *, moments: bool = True
 ) -> list[Path]:
     """Write `checkpoint_last-model_part-0-shardK.pt` with fp16 weights and fp32 moments; kept where they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, 0)
     units = units_of(stored_shapes(config))
     paths = [folder / f"checkpoint_last-model_part-0-shard{k}.pt" for k in range(num_shards)]
     for shard, path in enumerate(paths):
@@ -117,20 +118,19 @@ def run(way: str, shards: Sequence[Path], folder: Path) -> Figure:
     """Join the shards' weights once. `cp` copies what our way wrote before it, and syncs it as our way does."""
     output, before = folder / f"{way.replace(' ', '-')}.pt", folder / "ours.pt"
     code = f"from metaseq_api.bench.reshard import child; child({way!r}, {list(map(str, shards))!r}, {str(output)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdin
-    process.stdout.readline()  # it has imported everything
-    drop([before] if way == "cp" else shards)
-    idle = peak = _anon(process.pid)
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    while process.poll() is None:
-        peak = max(peak, _anon(process.pid))
-        time.sleep(_POLL_S)
-    seconds = float(process.stdout.readline())
-    process.stdin.close()
-    process.stdout.close()
+    with child_of(code) as process:
+        to, back = process.stdin, process.stdout
+        assert to
+        assert back
+        back.readline()  # it has imported everything
+        drop([before] if way == "cp" else shards)
+        idle = peak = _anon(process.pid)
+        to.write("go\n")
+        to.flush()
+        while process.poll() is None:
+            peak = max(peak, _anon(process.pid))
+            time.sleep(_POLL_S)
+        seconds = float(back.readline())
     assert process.returncode == 0
     figure = Figure(way=way, num_bytes=output.stat().st_size, seconds=seconds, peak_anon=peak - idle)
     if output != before:
@@ -189,13 +189,17 @@ def _anon(pid: int) -> int:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises: ResourceError where fewer bytes are free than the files take."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (free := room(folder)) < needed:
+    """Make the folder. Raises: ResourceError where it cannot be, or fewer bytes are free than the files take."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if (free := room(there)) < needed:
         raise ResourceError(
             f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed: "
             "name another --folder or a smaller --shape"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"--folder {folder} cannot be made ({error.strerror}); name another") from None
 
 
 def room(folder: Path) -> int:

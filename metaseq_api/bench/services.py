@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metaseq_api.bench.children import SAFE, child_of
 from metaseq_api.bench.subject import Subject
 from metaseq_api.errors import ServiceError
 from metaseq_api.launch.order import settings_to_dict
 
 Order = Callable[[Mapping[str, Any]], dict[str, Any]]
 READY = re.compile(r"ready on http://(\[[^\]]+\]|[^:]+):(\d+)/")
-SAFE = ["-P"] if sys.version_info >= (3, 11) else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def service(of: Subject, *, kept: Path | None = None) -> Iterator[Service]:
     """
     told = [] if kept is None else ["env", f"XDG_CACHE_HOME={kept}", f"TRITON_CACHE_DIR={kept / 'triton'}"]
     with subprocess.Popen(
-        [*told, *command(of)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*told, *command(of)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             assert process.stderr
@@ -93,9 +93,7 @@ def clients(host: str, port: int, *, nice: int = 0) -> Iterator[Order]:
     so that it can tell how long all took, but not when each came.
     """
     code = f"from metaseq_api.bench.clients import child; child({host!r}, {port})"
-    with subprocess.Popen(
-        [sys.executable, *SAFE, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with child_of(code) as process:
         os.setpriority(os.PRIO_PROCESS, process.pid, nice)
         assert process.stdin
         assert process.stdout
@@ -111,7 +109,6 @@ def clients(host: str, port: int, *, nice: int = 0) -> Iterator[Order]:
             return said
 
         yield order
-        to.close()
 
 
 def cpu_seconds(pid: int) -> float:

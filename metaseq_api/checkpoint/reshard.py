@@ -25,7 +25,7 @@ from metaseq_api.checkpoint.part import Header, Part
 from metaseq_api.checkpoint.recut import cut_parts, same_part
 from metaseq_api.checkpoint.verify import SAME, copies
 from metaseq_api.checkpoint.whole import WholeCheckpoint
-from metaseq_api.errors import ParallelSizeError, SettingsError
+from metaseq_api.errors import SettingsError
 from metaseq_api.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def reshard_mp(
     """
     paths = _outputs(inputs, output, num_output_parts, "--num-output-parts")
     checkpoint = Checkpoint(collect(inputs))
-    check_parts(checkpoint, num_output_parts, "--num-output-parts")
+    checkpoint.config.check_parallel(num_output_parts, "--num-output-parts")
     return write_all(files_of_model(checkpoint, [[path] for path in paths], form, eps), progress, num_threads)
 
 
@@ -102,7 +102,7 @@ def reshard(
     last.
     """
     num_parts = checkpoint.num_parts if num_parts is None else num_parts
-    check_parts(checkpoint, num_parts, "--parts")
+    checkpoint.config.check_parallel(num_parts, "--parts")
     inputs = inputs_of(checkpoint)
     if folder.resolve() in {path.parent.resolve() for path in inputs}:
         raise SettingsError(f"{folder} holds the files to be resharded; name another folder for the new ones")
@@ -144,14 +144,6 @@ def _check_form(form: Form, num_shards: int) -> None:
         raise SettingsError(
             f"{num_shards} shards cannot be unflattened; give --unflatten-weights False (--flat), or 1 shard"
         )
-
-
-def check_parts(checkpoint: Checkpoint | WholeCheckpoint, num_parts: int, flag: str) -> None:
-    """Raises: ParallelSizeError naming the flag."""
-    try:
-        checkpoint.config.check_parallel(num_parts)
-    except ParallelSizeError as error:
-        raise ParallelSizeError(str(error).replace("--model-parallel", flag)) from None
 
 
 def _outputs(inputs: Sequence[Path], output: str, count: int, flag: str) -> list[Path]:

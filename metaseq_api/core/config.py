@@ -61,15 +61,14 @@ class ModelConfig:
         ends += 2 * d * e if self.has_projection else 0
         return self.num_layers * layer + ends
 
-    def check_parallel(self, size: int) -> None:
+    def check_parallel(self, size: int, flag: str = "--model-parallel") -> None:
         """Raises: ParallelSizeError where heads, ffn or vocabulary do not divide by `size`, naming sizes that do."""
         parts = {"attention heads": self.num_heads, "ffn rows": self.ffn_dim, "vocabulary rows": self.vocab_size}
         bad = [f"{n} {what}" for what, n in parts.items() if size < 1 or n % size]
         if bad:
             good = [s for s in range(1, self.num_heads + 1) if all(n % s == 0 for n in parts.values())]
             raise ParallelSizeError(
-                f"--model-parallel {size} does not divide this model's {' and '.join(bad)}; "
-                f"it can be {', '.join(map(str, good))}"
+                f"{flag} {size} does not divide this model's {' and '.join(bad)}; it can be {', '.join(map(str, good))}"
             )
 
 

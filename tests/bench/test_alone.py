@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,8 +128,8 @@ def test_one_rank_is_measured_beside_two(capsys: pytest.CaptureFixture[str]) -> 
     demo = str(Path(bench.__file__).parents[1] / "metaseq_api/demo")
     few = ["--rounds", "1", "--new-tokens", "4", "--prompt-len", "4", "--prefill-len", "8", "--ranks", "2"]
     assert bench.main(["latency", "--checkpoint", demo, *few, "--threads", str(torch.get_num_threads())]) == 0
-    head = next(line for line in capsys.readouterr().out.splitlines() if "ratio" in line)
-    assert head.index("split over ranks") < head.index("ours")
+    head = next(line for line in capsys.readouterr().out.splitlines() if "unit" in line)
+    assert re.split(r"\s\s+", head.strip()) == ["unit", "split over ranks", "ours", "split over ranks / ours"]
 
 
 def test_a_prompt_that_the_window_does_not_hold_is_refused_by_its_flag(
@@ -146,6 +147,15 @@ def test_a_prompt_that_the_window_does_not_hold_is_refused_by_its_flag(
         (["latency", "--new-tokens", "1"], "1 is too few; ask for 2 or more"),
         (["throughput", "--plot", "x.png"], "does not end in .svg"),
         (["serve", "--rate", "0"], "not a number of requests a second"),
+        (["serve", "--ttft-ms", "-1"], "not a number above 0"),
+        (["serve", "--shortest", "20", "--longest", "16"], "--shortest 20 is more than --longest 16"),
+        (["throughput", "--top-p", "3"], "not a number above 0, of at most 1"),
+        (["throughput", "--top-p", "0.9"], "changes nothing without a --temperature"),
+        (["throughput", "--shortest", "20", "--longest", "16"], "--shortest 20 is more than --longest 16"),
+        (["latency", "--json", "/proc/nope/x.json"], "--json /proc/nope/x.json cannot be written"),
+        (["latency", "--json", __file__ + "/x.json"], "cannot be written (File exists"),
+        (["throughput", "--plot", "/proc/x.svg"], "cannot be written"),
+        (["page", "/proc/nope", "x.md"], "no run is kept in /proc/nope"),
         (["latency", "--shape", "opt-13b", "--checkpoint", "x"], "not allowed with"),
         (["latency", "--shape", "opt-125"], "; did you mean opt-125m?"),
         (["latency", "--new-tokns", "3"], "; did you mean --new-tokens?"),

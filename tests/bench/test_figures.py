@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -99,10 +100,18 @@ def test_a_run_without_a_place_on_the_page_is_refused() -> None:
 
 
 def test_kept_runs_are_found_by_their_files_names(tmp_path: Path) -> None:
-    report.write(report.make(["startup"], [["a"]], {}), tmp_path / "there" / "start.json")
-    assert list(report.read_runs(tmp_path / "there")) == ["start"]
+    kept = tmp_path / "there" / "start.json"
+    report.check_place(kept, "--json")
+    report.write(json.dumps(report.make(["startup"], [["a"]], {})), kept)
+    assert list(report.read_runs(kept.parent)) == ["start"]
     with pytest.raises(SettingsError, match="make bench"):
         report.read_runs(tmp_path)
+    for text in ("{", "{}", "[]"):
+        kept.write_text(text)
+        with pytest.raises(SettingsError, match=r"start.json holds no run \("):
+            report.read_runs(kept.parent)
+    with pytest.raises(SettingsError, match=r"--json .*there cannot be written \(Is a directory\)"):
+        report.check_place(kept.parent, "--json")
 
 
 def test_the_performance_page_has_a_place_for_every_run_of_make_bench() -> None:

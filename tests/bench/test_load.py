@@ -20,7 +20,7 @@ CONFIG = ModelConfig(num_layers=2, hidden_dim=16, num_heads=4, ffn_dim=64, vocab
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    return load.make(tmp_path_factory.mktemp("bench"), CONFIG, lambda text: None)
+    return load.make(tmp_path_factory.mktemp("bench"), CONFIG, list(load.LAYOUTS), lambda text: None)
 
 
 def test_all_layouts_are_one_model_without_optimizer_state(files: dict[str, list[Path]]) -> None:
@@ -35,7 +35,7 @@ def test_all_layouts_are_one_model_without_optimizer_state(files: dict[str, list
 
 def test_what_is_there_is_not_made_again(files: dict[str, list[Path]]) -> None:
     said: list[str] = []
-    assert load.make(files["shards"][0].parents[1], CONFIG, said.append) == files
+    assert load.make(files["shards"][0].parents[1], CONFIG, list(files), said.append) == files
     assert said == []
 
 
@@ -60,6 +60,26 @@ def test_every_way_is_timed_and_the_table_compares_them(files: dict[str, list[Pa
     assert cold[:3] == ["2 unflattened parts", "2", "cold"]
     assert cold[5]
     assert warm[5] == ""  # what follows the reading is timed once
+
+
+def test_ranks_that_do_not_divide_the_model_are_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["load", "--folder", str(tmp_path), "--shape", "opt-125m", "--ranks", "1", "3"]) == 6
+    assert "error: --ranks 3 does not divide" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_layouts_that_are_asked_for_are_made(tmp_path: Path) -> None:
+    assert list(load.make(tmp_path, CONFIG, ["hf"], lambda text: None)) == ["hf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "shards"]
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("load", "reshard"):
+        for folder in (__file__ + "/x", __file__):
+            assert main([kind, "--folder", folder, "--shape", "opt-125m"]) == 8
+            assert f"error: --folder {folder} cannot be made (" in capsys.readouterr().err
 
 
 def test_too_little_room_is_said_first(
