@@ -18,7 +18,7 @@ from pathlib import Path
 
 from metaseq_api import log
 from metaseq_api.errors import SettingsError
-from metaseq_api.flags import Parser, guarded
+from metaseq_api.flags import Parser, count, guarded
 from metaseq_api.server.key_file import (
     Key,
     change_keys,
@@ -38,9 +38,9 @@ def _parser() -> Parser:
     add = commands.add_parser("add", help="make a key and show it this once", description="Make a key.")
     add.add_argument("name", help="whose key it is; shown in the log")
     add.add_argument("--weight", type=float, default=1.0, help="share beside other keys (default: 1)")
-    add.add_argument("--rate", type=int, metavar="N", help="requests a minute (default: no limit)")
-    add.add_argument("--tokens", type=int, metavar="N", help="tokens of prompts and completions a minute")
-    add.add_argument("--concurrency", type=int, metavar="N", help="requests in work at once")
+    add.add_argument("--rate", type=count, metavar="N", help="requests a minute (default: no limit)")
+    add.add_argument("--tokens", type=count, metavar="N", help="tokens of prompts and completions a minute")
+    add.add_argument("--concurrency", type=count, metavar="N", help="requests in work at once")
     add.add_argument("--expires", metavar="DATE", help="such as 2030-01-31, UTC (default: never)")
     add.add_argument(
         "--out", type=Path, metavar="FILE", help="write the key there, for you alone to read; show nothing"
@@ -76,6 +76,9 @@ def _configured() -> Path:
 
 
 def _add(path: Path, args: argparse.Namespace) -> None:
+    expires = None if args.expires is None else read_date(args.expires, "--expires")
+    if expires is not None and expires <= time.time():
+        raise SettingsError(f"--expires {args.expires} is over already; name a day to come, or leave it out")
     secret = new_secret()
     key = make_key(
         args.name,
@@ -84,7 +87,7 @@ def _add(path: Path, args: argparse.Namespace) -> None:
         requests_per_minute=args.rate,
         tokens_per_minute=args.tokens,
         concurrency=args.concurrency,
-        expires=None if args.expires is None else read_date(args.expires, "--expires"),
+        expires=expires,
     )
 
     def added(keys: tuple[Key, ...]) -> list[Key]:
@@ -114,9 +117,10 @@ def _list(path: Path) -> None:
     def shown(limit: object) -> str:
         return "-" if limit is None else str(limit)
 
+    keys = read_keys(path)[0]
     columns = "{:<20} {:>8} {:>12} {:>12} {:>8}  {}"
     print(columns.format("name", "weight", "requests/min", "tokens/min", "at once", "expires"))
-    for k in read_keys(path)[0]:
+    for k in keys:
         ends = "-"
         if k.expires is not None:
             moment = datetime.fromtimestamp(k.expires, timezone.utc).isoformat(timespec="seconds")

@@ -21,6 +21,7 @@ from metaseq_api.checkpoint.reshard import inputs_of, reshard
 from metaseq_api.checkpoint.to_hugging_face import MAX_FILE_BYTES, write_hugging_face
 from metaseq_api.checkpoint.whole import WholeCheckpoint
 from metaseq_api.errors import SettingsError
+from metaseq_api.flags import count
 from metaseq_api.progress import progress_bar
 from metaseq_api.tokenizer import files_to_copy
 
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="a folder of any layout, or one of its files")
     parser.add_argument("target", type=Path, help="a folder for the new files")
     parser.add_argument("--to", choices=("metaseq", HUGGING_FACE), default="metaseq", help="default: %(default)s")
-    parser.add_argument("--parts", type=int, help="tensor-parallel parts; default: as many as there are")
-    parser.add_argument("--shards", type=int, default=1, help="FSDP shards of each part, flat; default: %(default)s")
+    parser.add_argument("--parts", type=count, help="tensor-parallel parts; default: as many as there are")
+    parser.add_argument("--shards", type=count, default=1, help="FSDP shards of each part, flat; default: %(default)s")
     parser.add_switch("--flat", None, "write flat parameters, as training does; default: where there are shards")
     parser.add_argument("--qkv", choices=("fused", "separate"), help="default: as it is, or as metaseq has it")
     parser.add_switch("--skip-optimizer-state", False, "leave the optimizer's moments out")

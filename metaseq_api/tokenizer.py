@@ -53,6 +53,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 _LETTERS = _byte_letters()
+_VOCAB, _MERGES = "--vocab-filename (BPE_VOCAB)", "--merges-filename (BPE_MERGES)"
 
 
 def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[Path, Path]:
@@ -65,7 +66,7 @@ def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[P
     if vocab is not None and merges is not None:
         return vocab, merges
     if vocab is not None or merges is not None:
-        given, missing = ("BPE_VOCAB", "BPE_MERGES") if merges is None else ("BPE_MERGES", "BPE_VOCAB")
+        given, missing = (_VOCAB, _MERGES) if merges is None else (_MERGES, _VOCAB)
         raise TokenizerError(f"{given} names {vocab or merges} but {missing} is not set; the two go together, set both")
     here = folder if folder.is_dir() else folder.parent
     for place in (here, here.parent):
@@ -76,7 +77,7 @@ def find_files(folder: Path, vocab: Path | None, merges: Path | None) -> tuple[P
     wanted = " nor ".join(" with ".join(dict.fromkeys(names)) for names in _NAMES)
     raise TokenizerError(
         f"no tokenizer: neither {wanted} is in {here} or {here.parent}; "
-        "put OPT's two files there or name them with BPE_VOCAB and BPE_MERGES"
+        f"put OPT's two files there, or name them with {_VOCAB} and {_MERGES}"
     )
 
 

@@ -69,14 +69,14 @@ def find(path: Path) -> FileSet:
         prefix, part, shard = numbers(path)
         # A name without numbers that does not end in .pt is still a file that was named.
         return collect(groups.get((prefix, part is None, shard is None), [path]))
-    names = {f"{prefix}.pt" for prefix, _, _ in groups}
     if not groups:
         where = path if path.is_dir() else f"{path} does not exist, and {folder}"
         raise CheckpointNotFound(f"{where} holds no .pt file; name the folder that has the checkpoint's files")
     if not path.is_dir():
         chosen = [files for (prefix, _, _), files in groups.items() if path.name in (prefix, f"{prefix}.pt")]
         if not chosen:
-            raise CheckpointNotFound(f"{path} does not exist; {folder} holds {', '.join(sorted(names))}")
+            names = ", ".join(sorted({f"{prefix}.pt" for prefix, _, _ in groups}))
+            raise CheckpointNotFound(f"{path} does not exist; what is in {folder} goes by {names}, all parts together")
     else:
         chosen = list(groups.values())
         for prefix in PREFERRED:

@@ -110,6 +110,9 @@ def reshard(
     names = [f"{folder}/reshard-model_part-{index}{suffix}.pt" for index in range(num_parts)]
     _check_form(form, num_shards)
     paths = [_outputs(inputs, name, num_shards, "--shards") for name in names]
+    strays = set(folder.glob("reshard-model_part-*.pt")) - {path for part in paths for path in part}
+    if strays:
+        raise SettingsError(f"{folder} holds {min(strays).name} of another job; remove it, or name another folder")
     return write_all(files_of_model(checkpoint, paths, form), progress, num_threads)
 
 

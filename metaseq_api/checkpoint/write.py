@@ -114,7 +114,7 @@ def finished(path: Path, num_bytes: int) -> Iterator[tuple[int, Path]]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full while writing {path}; make room and run this again") from None
-        raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise ResourceError(f"{path} cannot be written ({error.strerror or error}); name another place") from None
 
 
 @contextlib.contextmanager

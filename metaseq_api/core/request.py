@@ -108,8 +108,9 @@ class SamplingParams:
         _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, most)
         _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more, or null for off")
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer, or null")
-        best_of = f"between n ({self.n}) and {MAX_N}"
-        _check(self.best_of is None or self.n <= self.best_of <= MAX_N, "best_of", self.best_of, best_of)
+        best_of = self.n if self.best_of is None else self.best_of
+        _check(best_of >= self.n, "best_of", best_of, f"n ({self.n}) or more")
+        _check(best_of <= MAX_N, "best_of", best_of, f"{MAX_N} or less")
         end = self.alpha_src_penalty_end_idx
         _check(end is None or end >= 1, "alpha_src_penalty_end_idx", end, "1 or more, or null for the whole source")
 

@@ -54,7 +54,7 @@ _REFUSALS = (
     ("Access.*denied|not permitted|Permission denied", "the job or partition is not yours to use"),
     ("[Pp]rotocol authentication|[Mm]unge|credential", "munge does not let you in: tell the administrators"),
     (
-        "process configuration file|cannot stat file|ClusterName",
+        "process configuration file|cannot stat file|ClusterName|resolve_ctls",
         "no slurm.conf is found: set SLURM_CONF, or `module load slurm`",
     ),
 )

@@ -37,6 +37,7 @@ MAX_WEIGHT = 1e6
 MAX_LIMIT = 10**12
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _GIVEN = re.compile(r"[!-~]+")
+_MAKE = "metaseq-api-keys --keys {} add NAME"
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
 _FIELDS = frozenset({"name", "salt", "hash", "weight", "expires", *_LIMITS})
 
@@ -144,7 +145,7 @@ def _read(path: Path, *, forbidden: int, remedy: str) -> tuple[str, os.stat_resu
             found = os.fstat(file.fileno())
             raw = file.read() if stat.S_ISREG(found.st_mode) else None
     except OSError as e:
-        raise SettingsError(f"{path} cannot be read ({e.strerror}); make it with metaseq-api-keys add NAME") from None
+        raise SettingsError(f"{path} cannot be read ({e.strerror}); make it with {_MAKE.format(path)}") from None
     if raw is None:
         raise SettingsError(f"{path} is not a file; name a file of keys")
     if found.st_mode & forbidden or found.st_uid not in (0, os.geteuid()):
@@ -153,7 +154,7 @@ def _read(path: Path, *, forbidden: int, remedy: str) -> tuple[str, os.stat_resu
     try:
         return raw.decode(), found
     except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not text; make it with metaseq-api-keys add NAME") from None
+        raise SettingsError(f"{path} is not text; make it with {_MAKE.format(path)}") from None
 
 
 def _parse(line: str, where: str) -> Key:

@@ -70,7 +70,9 @@ def test_the_file_of_constants_is_the_default(here: Path) -> None:
         (["remove", "bob"], "no key named bob"),
         (["add", "a b"], "a name is 1 to 64 letters"),
         (["add", "bob", "--weight", "0"], "weight is 0.0"),
-        (["add", "bob", "--rate", "0"], "requests_per_minute is 0"),
+        (["add", "bob", "--rate", "0"], "--rate: '0' is not a number from 1 on"),
+        (["--keys", "nowhere", "list"], "make it with metaseq-api-keys --keys nowhere add NAME"),
+        (["add", "bob", "--expires", "2020-01-31"], "--expires 2020-01-31 is over already"),
         (["add", "bob", "--expires", "soon"], "--expires: expires must be a date"),
     ],
 )

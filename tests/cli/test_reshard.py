@@ -269,9 +269,9 @@ def test_where_one_file_fails_the_others_being_written_are_given_up(
     [
         (["--parts", "3"], 6, "--parts 3 does not divide"),
         (["--shards", "2", "--flat", "False"], 2, "--flat"),
-        (["--shards", "0"], 2, "--shards is 0"),
+        (["--shards", "0"], 2, "--shards: '0' is not a number from 1 on"),
         (["--to", "hugging-face", "--parts", "2"], 2, "--to hugging-face has --max-file-gb"),
-        (["--vocab-filename", "x.json"], 7, "BPE_VOCAB names x.json"),
+        (["--vocab-filename", "x.json"], 7, "(BPE_VOCAB) names x.json"),
     ],
 )
 def test_bad_input_is_one_line_and_a_code_and_nothing_written(
@@ -282,6 +282,19 @@ def test_bad_input_is_one_line_and_a_code_and_nothing_written(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert words in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_another_cut_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "in", parts=1, shards=1)
+    assert run(tmp_path / "in", tmp_path / "out", "--parts", "4") == 0
+    before = sorted(os.listdir(tmp_path / "out"))
+    for others in (["--parts", "2"], ["--parts", "4", "--shards", "2"]):
+        assert run(tmp_path / "in", tmp_path / "out", *others) == 2
+        assert (
+            f"out holds reshard-model_part-{2 if len(others) == 2 else 0}.pt of another job" in capsys.readouterr().err
+        )
+        assert sorted(os.listdir(tmp_path / "out")) == before
+    assert run(tmp_path / "in", tmp_path / "out", "--parts", "4") == 0
 
 
 def test_the_folder_of_the_source_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,7 +221,7 @@ def test_a_run_that_broke_off_leaves_no_model_and_the_next_takes_over(
     [
         (["--max-file-gb", "0"], 2, "must be more than 0"),
         (["--max-file-gb", "nan"], 2, "must be more than 0"),
-        (["--vocab-filename", "x.json"], 7, "BPE_VOCAB names x.json"),
+        (["--vocab-filename", "x.json"], 7, "(BPE_VOCAB) names x.json"),
         (["--input", "/nowhere/at/all"], 3, "does not exist"),
     ],
 )

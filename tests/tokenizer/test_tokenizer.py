@@ -244,9 +244,9 @@ def test_files_are_found_beside_the_checkpoint_then_one_folder_up(tmp_path: Path
 
 
 def test_one_named_file_without_the_other_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="BPE_MERGES is not set"):
+    with pytest.raises(TokenizerError, match=r"\(BPE_MERGES\) is not set"):
         find_files(tmp_path, VOCAB, None)
-    with pytest.raises(TokenizerError, match="BPE_VOCAB is not set"):
+    with pytest.raises(TokenizerError, match=r"\(BPE_VOCAB\) is not set"):
         find_files(tmp_path, None, MERGES)
 
 
