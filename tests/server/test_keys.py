@@ -162,7 +162,7 @@ def test_what_is_not_a_key_is_refused_with_its_line_and_not_shown(text: str, say
 
 
 def test_a_missing_file_or_a_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="metaseq-api-keys --keys .*nowhere add NAME"):
+    with pytest.raises(SettingsError, match=r"metaseq-api-keys --keys .*nowhere add NAME"):
         Keyring(tmp_path / "nowhere")
     with pytest.raises(SettingsError, match="cannot be read"):
         Keyring(tmp_path)
