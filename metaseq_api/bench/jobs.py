@@ -72,7 +72,7 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
     of = _subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests))
     made = ours(of)
     _check_window(made.ready.config, args.longest + args.new_tokens, "--longest or --new-tokens")
-    probes = limits.Probes(made.ready.device, made.ready.dtype)
+    probes = limits.Probes(made.ready.device, made.ready.dtype, made.ready.threads)
     with _sides(of, made, args) as sides:
         levels = throughput.measure(sides, asked, say, probes.take)
     roof = probes.roofline(made.ready.config, _context_len(args))
@@ -110,8 +110,7 @@ def measure_serve(args: Args, say: Say) -> Outcome:
         config, dtype, device = of.look()
         _check_window(config, args.longest + args.new_tokens, "--longest or --new-tokens")
         config.check_parallel(of.settings.model_parallel or 1)
-        torch.set_num_threads(of.settings.threads or num_cores())
-        probes = limits.Probes(device, dtype)
+        probes = limits.Probes(device, dtype, of.settings.threads or num_cores())
         probes.take()
         with service(of) as running, clients(running.host, running.port) as order:
             levels = serve.measure(order, asked, say, probes.take)

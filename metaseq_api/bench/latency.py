@@ -42,12 +42,12 @@ def measure(
     _warm(sides, load)
     for turn in range(load.rounds):
         for side, generate in sides.items():
-            probes.append(bandwidth(ready.device))
+            probes.append(bandwidth(ready.device, ready.threads))
             times = generate([prompt(load.prompt_len, f"a{turn}")], load.new_tokens)
             first.add(side, times.first * 1e3)
             rate.add(side, times.rate_after(load.new_tokens))
             each.add(side, 1e3 / times.rate_after(load.new_tokens))
-        probes.append(bandwidth(ready.device))
+        probes.append(bandwidth(ready.device, ready.threads))
         for side, generate in sides.items():
             tries = [generate([prompt(load.prefill_len, f"b{turn}{i}")], 1).first for i in range(load.tries)]
             prefill.add(side, load.prefill_len / statistics.median(tries))

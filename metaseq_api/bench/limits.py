@@ -25,10 +25,11 @@ PROBE_S = 0.25
 WIDTH, ROWS = 4096, 1024
 
 
-def bandwidth(device: torch.device) -> float:
-    """On a GPU a copy's, read and written bytes counted; on a CPU a sum's, by all of torch's threads. Units: B/s."""
+def bandwidth(device: torch.device, threads: int) -> float:
+    """On a GPU a copy's, read and written bytes counted; on a CPU a sum's, by so many threads. Units: B/s."""
     if device.type == "cuda":
         return gpu_speed.bandwidth(device)
+    torch.set_num_threads(threads)  # a side that shares the cores with other ranks leaves fewer
     numbers, best, until = torch.ones(READ_BYTES // 4), float("inf"), time.perf_counter() + PROBE_S
     while best == float("inf") or time.perf_counter() < until:
         best = min(best, gpu_speed.seconds(numbers.sum, device))
@@ -51,12 +52,13 @@ class Probes:
 
     device: torch.device
     dtype: torch.dtype
+    threads: int
     bandwidths: list[float] = field(default_factory=list)
     operations: list[float] = field(default_factory=list)
 
     def take(self) -> None:
         """Probe both, now; nothing else should compute meanwhile."""
-        self.bandwidths.append(bandwidth(self.device))
+        self.bandwidths.append(bandwidth(self.device, self.threads))
         self.operations.append(multiplying(self.device, self.dtype))
 
     def roofline(self, config: ModelConfig, context_len: int) -> Roofline:

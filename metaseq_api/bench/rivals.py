@@ -134,7 +134,7 @@ def _in_turns(asked: Asked, harness: Path, say: Callable[[str], object]) -> Foun
             ready[side] = everyone[side].hear()
             say(f"{NAMES[side]} is ready")
         for number in range(asked.rounds):
-            bandwidths.append(limits.bandwidth(cpu) / 1e9)
+            bandwidths.append(limits.bandwidth(cpu, num_cores()) / 1e9)
             for turn, metric in enumerate(ROUND):
                 for side in list(everyone)[:: -1 if (number + turn) % 2 else 1]:
                     rows[metric].add(side, everyone[side].work(metric, f"{number}.{turn}"))

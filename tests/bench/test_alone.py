@@ -12,12 +12,14 @@ import pytest
 import torch
 from metaseq_api.cli import bench
 
-from metaseq_api.bench import latency, subject, throughput, work
+from metaseq_api.bench import latency, limits, subject, throughput, work
 from metaseq_api.core.config import OPT_SHAPES, ModelConfig
 from metaseq_api.settings import DEMO, Settings
 
 CONFIG = ModelConfig(num_layers=1, hidden_dim=16, num_heads=4, ffn_dim=32, vocab_size=4096, max_positions=512)
-READY: Any = SimpleNamespace(config=CONFIG, dtype=torch.float32, kept=torch.float16, device=torch.device("cpu"))
+READY: Any = SimpleNamespace(
+    config=CONFIG, dtype=torch.float32, kept=torch.float16, device=torch.device("cpu"), threads=1
+)
 
 
 def side(prompts: list[list[int]], num: int) -> work.Times:
@@ -28,7 +30,7 @@ def side(prompts: list[list[int]], num: int) -> work.Times:
 
 def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = iter((1e9, 2e9, 4e9, 2e9))  # before and after each of two turns
-    monkeypatch.setattr(latency, "bandwidth", lambda device: next(reads))
+    monkeypatch.setattr(latency, "bandwidth", lambda device, threads: next(reads))
     asked = latency.Load(rounds=2, prompt_len=50, new_tokens=11, prefill_len=200)
     rows, probes = latency.measure({"ours": side}, READY, asked, lambda text: None)
     first, each, rate, share, beside, prefill = (row.median("ours") for row in rows)
@@ -37,6 +39,19 @@ def test_the_time_of_the_prompt_is_in_no_token_after_it(monkeypatch: pytest.Monk
     assert share == pytest.approx(read / 4e9)
     assert beside == pytest.approx((read / 1.5e9 + read / 3e9) / 2)
     assert len(probes) == 4
+
+
+def test_the_bandwidth_is_all_threads_though_a_side_that_shares_them_was_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, seen = torch.get_num_threads(), list[int]()
+    monkeypatch.setattr(limits.gpu_speed, "seconds", lambda run, device: seen.append(torch.get_num_threads()) or 1.0)
+    monkeypatch.setattr(limits, "READ_BYTES", 1 << 10)
+    monkeypatch.setattr(limits, "PROBE_S", 0.0)
+    try:
+        torch.set_num_threads(1)
+        assert limits.bandwidth(torch.device("cpu"), 2) == 1 << 10
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [2]
 
 
 def test_prompt_tokens_are_never_counted_as_output() -> None:
