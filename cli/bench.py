@@ -17,9 +17,11 @@ figures to --json FILE, throughput against latency with the roofline to --plot F
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from metaseq_api.bench import flags, jobs, report
 from metaseq_api.bench.figures import as_text
@@ -30,7 +32,21 @@ from metaseq_api.flags import guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and keep the figures where --json says."""
     argv = sys.argv[1:] if argv is None else argv
-    return guarded("metaseq-api-bench", lambda: job(argv))
+    with ending_as_by_ctrl_c():
+        return guarded("metaseq-api-bench", lambda: job(argv))
+
+
+@contextlib.contextmanager
+def ending_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP, where they would end this process alone, end what it started too."""
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for s in heard:
+        signal.signal(s, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for s in heard:
+            signal.signal(s, signal.SIG_DFL)
 
 
 def job(argv: Sequence[str]) -> None:

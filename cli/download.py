@@ -22,8 +22,8 @@ from metaseq_api.download import catalogue
 from metaseq_api.download.fetch import Patience
 from metaseq_api.download.job import download
 from metaseq_api.download.web import Web
-from metaseq_api.errors import MetaseqApiError, SettingsError
-from metaseq_api.flags import Parser
+from metaseq_api.errors import SettingsError
+from metaseq_api.flags import Parser, guarded
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,21 +49,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch what is missing, and say how to serve it; returns the exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        if not args.timeout > 0 or args.tries < 1:
-            raise SettingsError(f"--timeout {args.timeout:g} --tries {args.tries}; both must be more than 0")
-        files = catalogue.files(args.model, edition=args.edition, url=args.url, tokenizer_url=args.tokenizer_url)
-        log.setup()
-        download(files, args.folder, jobs=args.jobs, web=Web(args.timeout), patience=Patience(tries=args.tries))
-    except MetaseqApiError as error:
-        print(f"metaseq-api-download: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("metaseq-api-download: interrupted; run the same command again to go on from here", file=sys.stderr)
-        return 130
+    again = "interrupted; run the same command again to go on from here"
+    return guarded("metaseq-api-download", lambda: _fetch(_parser().parse_args(argv)), again)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    if not args.timeout > 0 or args.tries < 1:
+        raise SettingsError(f"--timeout {args.timeout:g} --tries {args.tries}; both must be more than 0")
+    files = catalogue.files(args.model, edition=args.edition, url=args.url, tokenizer_url=args.tokenizer_url)
+    log.setup()
+    download(files, args.folder, jobs=args.jobs, web=Web(args.timeout), patience=Patience(tries=args.tries))
     print(f"{args.model} is in {args.folder}; serve it with\nmetaseq-api-local {shlex.quote(str(args.folder))}")
-    return 0
 
 
 if __name__ == "__main__":

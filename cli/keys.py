@@ -107,7 +107,7 @@ def _remove(path: Path, name: str) -> None:
     def removed(keys: tuple[Key, ...]) -> list[Key]:
         left = [k for k in keys if k.name != name]
         if len(left) == len(keys):
-            raise SettingsError(f"{path} has no key named {name}; metaseq-api-keys list shows the names")
+            raise SettingsError(f"{path} has no key named {name}; `list` shows the names")
         return left
 
     change_keys(path, removed)

@@ -271,7 +271,9 @@ def read_constants(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         found = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:  # an operator's own Python file may raise anything; it becomes one line
-        raise SettingsError(f"{path}: {type(e).__name__}: {e}; it must be Python of lines such as PORT = 6010") from e
+        raise SettingsError(
+            f"{path}: {type(e).__name__}: {e}; it must be Python of lines such as DEFAULT_PORT = 6010"
+        ) from e
     values: dict[str, Any] = {}
     remarks: list[str] = []
     for name, value in found.items():

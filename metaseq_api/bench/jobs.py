@@ -48,9 +48,10 @@ def measure_latency(args: Args, say: Say) -> Outcome:
         rounds=args.rounds, prompt_len=args.prompt_len, new_tokens=args.new_tokens, prefill_len=args.prefill_len
     )
     of = _subject(args)
+    config = _look(of, args)
+    _check_window(config, args.prompt_len + args.new_tokens, "--prompt-len or --new-tokens")
+    _check_window(config, args.prefill_len + 1, "--prefill-len")
     made = ours(of)
-    _check_window(made.ready.config, args.prompt_len + args.new_tokens, "--prompt-len or --new-tokens")
-    _check_window(made.ready.config, args.prefill_len + 1, "--prefill-len")
     with _sides(of, made, args) as sides:
         rows, probes = latency.measure(sides, made.ready, asked, say)
     best = f"{shown(max(probes) / 1e9)} GB/s, the best of {len(probes)} probes of this run"
@@ -70,8 +71,8 @@ def measure_throughput(args: Args, say: Say) -> Outcome:
         longest=args.longest,
     )
     of = _subject(args, max_batch_size=max(256, *args.requests), max_queue=max(4096, *args.requests))
+    _check_window(_look(of, args), args.longest + args.new_tokens, "--longest or --new-tokens")
     made = ours(of)
-    _check_window(made.ready.config, args.longest + args.new_tokens, "--longest or --new-tokens")
     probes = limits.Probes(made.ready.device, made.ready.dtype, made.ready.threads)
     with _sides(of, made, args) as sides:
         levels = throughput.measure(sides, asked, say, probes.take)
@@ -202,6 +203,14 @@ def _subject(args: Args, **more: Any) -> Subject:
     return subject(shape, args.checkpoint or (None if shape else DEMO), told)
 
 
+def _look(of: Subject, args: Args) -> ModelConfig:
+    """What will be loaded. Raises: CheckpointError, ParallelSizeError."""
+    config = of.look()[0]
+    if args.ranks is not None:
+        config.check_parallel(args.ranks, "--ranks")
+    return config
+
+
 @contextlib.contextmanager
 def _sides(of: Subject, made: Ours, args: Args) -> Iterator[dict[str, Generate]]:
     """All in this thread: a second one that computes would slow both."""
@@ -209,7 +218,6 @@ def _sides(of: Subject, made: Ours, args: Args) -> Iterator[dict[str, Generate]]
     sides = {"ours": _with_threads(made, by_engine(made.engine, how=how))}
     with contextlib.ExitStack() as stack:
         if args.ranks is not None:
-            made.ready.config.check_parallel(args.ranks, "--ranks")
             shared = stack.enter_context(split(of, args.ranks))
             sides["split"] = _with_threads(shared, by_engine(shared.engine, how=how))
         if args.against == "hf":

@@ -38,8 +38,9 @@ from metaseq_api.parallel.context import ParallelContext
 
 PIECE = 16 << 20
 """Units: bytes that a plain read asks for at a time."""
+NUM_SHARDS = 8
 WAYS = ("plain", "read", "load")
-LAYOUTS = {"shards": "8 raw FSDP shards", "parts": "2 unflattened parts", "hf": "Hugging Face, safetensors"}
+LAYOUTS = {"shards": f"{NUM_SHARDS} raw FSDP shards", "parts": "2 unflattened parts", "hf": "Hugging Face, safetensors"}
 Key = tuple[str, int, str, str]
 """Layout, number of ranks, "cold" or "warm", way."""
 
@@ -64,9 +65,13 @@ def make(
     The shards are made in any case, since the others are made of them.
     """
     folders = {layout: folder / layout for layout in LAYOUTS if layout in (*layouts, "shards")}
+    check_room(folder, 0)
     missing = [f for f in folders.values() if not f.is_dir()]
-    check_room(folder, 2 * len(missing) * config.num_params)
-    make_shards(folder / "shards", config, 8, say, moments=False)
+    if len(list((folder / "shards").glob("*.pt"))) < NUM_SHARDS:
+        missing = list(folders.values())
+    whole_too = folder / "parts" in missing  # which are cut of one file
+    check_room(folder, 2 * (len(missing) + whole_too) * config.num_params)
+    make_shards(folder / "shards", config, NUM_SHARDS, say, moments=False)
     if folder / "parts" in missing:
         say("making 2 parts")
         making, form = folder / "parts.making", Form(skip_optimizer_state=True)

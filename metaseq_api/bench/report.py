@@ -30,6 +30,7 @@ from metaseq_api.machine import num_cores
 MARK = re.compile(r"<!-- run (?P<name>[\w.-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
 REPO = Path(__file__).parents[2]
 NOWHERE = ("--json", "--plot")
+KEPT = {"command", "date", "machine", "commit", "versions", "headline", "table", "figures"}
 PLACES = {"--harness": "HARNESS", "--work": "WORK"}
 
 
@@ -163,7 +164,7 @@ def read_page(path: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text("utf-8"))
-        if not isinstance(run, dict) or not run.keys() >= {"command", "machine", "versions", "headline", "table"}:
+        if not isinstance(run, dict) or not run.keys() >= KEPT:
             raise ValueError("it is not what --json writes")
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} holds no run ({error}); measure again, or take it out") from None

@@ -190,7 +190,7 @@ def _anon(pid: int) -> int:
 
 def check_room(folder: Path, needed: int) -> None:
     """Make the folder. Raises: ResourceError where it cannot be, or fewer bytes are free than the files take."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if (free := room(there)) < needed:
         raise ResourceError(
             f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed: "
@@ -211,6 +211,7 @@ def measure(
     folder: Path, config: ModelConfig, num_shards: int, rounds: int, say: Callable[[str], object]
 ) -> dict[str, list[Figure]]:
     """Make the shards and join them every way, in turns. Raises: ResourceError."""
+    check_room(folder, 0)
     if not any(folder.glob("*shard*.pt")):
         check_room(folder, 17 * config.num_params)
     shards = make_shards(folder, config, num_shards, say)

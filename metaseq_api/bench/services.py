@@ -77,10 +77,11 @@ def service(of: Subject, *, kept: Path | None = None) -> Iterator[Service]:
             # read on, so that its log finds room
             reader = threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True)
             reader.start()
-            yield Service(pid=process.pid, host=found[1].strip("[]"), port=int(found[2]), said=tuple(lines))
-            process.terminate()
-            process.wait()
-            reader.join()
+            try:
+                yield Service(pid=process.pid, host=found[1].strip("[]"), port=int(found[2]), said=tuple(lines))
+            finally:
+                process.terminate()
+                reader.join()
         finally:
             process.terminate()
 

@@ -38,7 +38,7 @@ class Archive(MappedFile):
     """
 
     def __init__(self, path: Path, like: Archive | None = None) -> None:
-        super().__init__(path)
+        self.path = path
         self._like = like
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._starts: dict[str, int] = {}
@@ -164,8 +164,10 @@ class Archive(MappedFile):
     def place(self, tensor: StoredTensor, *, writing: bool = False) -> int:
         """Find the byte in the file at which a tensor's first number lies; writing: or will, by this caller."""
         name = self.check(tensor)
-        with self.opened(writing=writing) as file:
-            return self._start(file, name) + tensor.offset * tensor.dtype.itemsize
+        if name not in self._starts:
+            with self.opened(writing=writing) as file:
+                self._start(file, name)
+        return self._starts[name] + tensor.offset * tensor.dtype.itemsize
 
     def view(self, tensor: StoredTensor) -> Tensor:
         """Map a tensor without reading it; to be copied from, not written to."""

@@ -57,11 +57,14 @@ class MappedFile:
     Raises: CheckpointNotFound, CheckpointCorrupt, both naming the file; so do all methods.
     """
 
+    size = 0
+    """Units: bytes, as it was when it was first opened."""
+    _identity: tuple[int, ...] | None = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._identity: tuple[int, ...] | None = None
-        with self.opened() as file:
-            self.size = file.seek(0, os.SEEK_END)
+        with self.opened():
+            pass
 
     @contextlib.contextmanager
     def opened(self, buffering: int = -1, *, writing: bool = False) -> Iterator[IO[bytes]]:
@@ -72,7 +75,8 @@ class MappedFile:
                 identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
                 if self._identity not in (None, identity) and not writing:
                     raise self.changed()
-                self._identity = self._identity or identity
+                if self._identity is None:
+                    self._identity, self.size = identity, stat.st_size
                 yield file
         except FileNotFoundError:
             raise CheckpointNotFound(f"{self.path} does not exist; put it back, or name another checkpoint") from None

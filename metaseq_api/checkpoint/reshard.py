@@ -112,7 +112,10 @@ def reshard(
     paths = [_outputs(inputs, name, num_shards, "--shards") for name in names]
     strays = set(folder.glob("reshard-model_part-*.pt")) - {path for part in paths for path in part}
     if strays:
-        raise SettingsError(f"{folder} holds {min(strays).name} of another job; remove it, or name another folder")
+        raise SettingsError(
+            f"{folder} holds {min(strays).name} of another job; name another folder, or remove all "
+            "reshard-model_part-*.pt there"
+        )
     return write_all(files_of_model(checkpoint, paths, form), progress, num_threads)
 
 

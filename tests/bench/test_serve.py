@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from metaseq_api.cli import bench
+from support.processes import clean_env, gone, until
 
 from metaseq_api.bench import serve, startup
 from metaseq_api.bench.clients import request
 from metaseq_api.bench.watching import Answer, watched
 from metaseq_api.errors import ServiceError
 from metaseq_api.kernels.native import native
+from metaseq_api.settings import DEMO
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 EVENT = b'data: {"choices": [{"text": "a"}], "usage": null}\n\n'
@@ -52,6 +58,30 @@ def test_a_stream_that_failed_says_how(said: bytes, error: str) -> None:
         answer.feed(said, 1.0)
     answer.end()
     assert answer.error == error
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_bench_and_all_that_it_started_in_one_line(signum: int, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "metaseq_api.cli.bench", "serve", "--checkpoint", str(DEMO), "--requests", "1000"],
+        cwd=tmp_path,
+        env=clean_env(OMP_NUM_THREADS="1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        own = psutil.Process(process.pid)
+
+        def family() -> list[psutil.Process]:
+            return own.children(recursive=True)
+
+        until(lambda: any("clients import child" in str(p.cmdline()) for p in family()), "the clients", 60)
+        started = family()
+        process.send_signal(signum)
+        assert process.wait(30) == 130
+        assert process.stderr
+        assert process.stderr.read().splitlines() == ["metaseq-api-bench: interrupted"]
+    until(lambda: all(gone(p.pid) for p in started), "all to be gone", 5)
 
 
 @pytest.fixture
