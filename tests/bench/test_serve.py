@@ -12,11 +12,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from metaseq_api.cli import bench
-from support.processes import clean_env, gone, until
+from support.processes import children, clean_env, command, gone, until
 
 from metaseq_api.bench import serve, startup
 from metaseq_api.bench.clients import request
@@ -70,13 +69,8 @@ def test_a_signal_ends_the_bench_and_all_that_it_started_in_one_line(signum: int
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        own = psutil.Process(process.pid)
-
-        def family() -> list[psutil.Process]:
-            return own.children(recursive=True)
-
-        until(lambda: any("clients import child" in str(p.cmdline()) for p in family()), "the clients", 60)
-        started = family()
+        until(lambda: any("clients import child" in str(command(p)) for p in children(process.pid)), "the clients", 60)
+        started = children(process.pid)
         process.send_signal(signum)
         assert process.wait(30) == 130
         assert process.stderr

@@ -105,6 +105,7 @@ def test_two_jobs_of_the_same_places_on_one_node_each_meet_their_own_ranks() -> 
         subprocess.Popen(
             [sys.executable, "-m", "support.meeting_rank", init, str(rank), str(100 * job + rank)],
             env=clean_env(PYTHONPATH=str(TESTS), OMP_NUM_THREADS="1"),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -16,4 +17,8 @@ if __name__ == "__main__":
         context = join(rank=rank, world_size=2, init=init, device=cpu, timeout_s=60, listen_fd=listen_fd)
     print(context.least(int(sys.argv[3])))
     context.wait_for_all("done", timeout_s=60)
+    if rank == 0:
+        sys.stdin.read()  # whoever started both closes it once the other has left: the store ends with this process
     leave(context)
+    sys.stdout.flush()
+    os._exit(0)  # as a service's ranks end: a library's teardown may abort

@@ -35,6 +35,22 @@ def gone(pid: int) -> bool:
         return True
 
 
+def children(pid: int) -> list[psutil.Process]:
+    """All below a process that have not ended."""
+    try:
+        return [p for p in psutil.Process(pid).children(recursive=True) if not gone(p.pid)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; none where it has ended meanwhile."""
+    try:
+        return list(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+
+
 def clean_env(**more: str) -> dict[str, str]:
     """This environment without what a launcher or an operator may have left in it."""
     launchers = ("SLURM", "TORCHELASTIC", "METASEQ_API", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")

@@ -7,6 +7,7 @@ logits. SHARES: whether the ranks are to share memory, True or False.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def main() -> None:
     if rank == 0:
         torch.save(found, out)
     leave(context)
+    sys.stdout.flush()
+    os._exit(0)  # as a service's ranks end: a library's teardown may abort
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ made-RANK.json; rank 0 writes its answers too.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def main() -> None:
         (folder / "answers.json").write_text(json.dumps(found))
     (folder / f"made-{rank}.json").write_text(json.dumps(made(worker)))
     leave(context)
+    sys.stdout.flush()
+    os._exit(0)  # as a service's ranks end: a library's teardown may abort
 
 
 if __name__ == "__main__":

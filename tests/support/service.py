@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.processes import DEADLINE_S, clean_env, gone, until
+from support.processes import DEADLINE_S, children, clean_env, command, gone, until
 
 DOOR = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "metaseq_api.cli.interactive_hosted"]
 
@@ -57,14 +57,16 @@ class Service:
     @property
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, in order of rank."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return sorted((c for c in children if "metaseq_api.host" in c.cmdline()), key=lambda c: c.cmdline()[-1])
+        return sorted((c for c in self._children if "metaseq_api.host" in command(c)), key=lambda c: command(c)[-1])
 
     @property
     def front(self) -> psutil.Process:
         """The front end's process."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(c for c in children if c.cmdline()[-1] == "metaseq_api.front")
+        return next(c for c in self._children if command(c)[-1:] == ["metaseq_api.front"])
+
+    @property
+    def _children(self) -> list[psutil.Process]:
+        return children(self.process.pid)
 
     def complete(self, timeout: float = 60, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
