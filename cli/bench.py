@@ -50,6 +50,7 @@ def ending_as_by_ctrl_c() -> Iterator[None]:
 
 
 def job(argv: Sequence[str]) -> None:
+    """What the flags say. Raises: MetaseqApiError."""
     args = flags.parser(__doc__).parse_args(argv)
     if args.kind == "page":
         write_page(args)

@@ -25,12 +25,14 @@ class Parser(argparse.ArgumentParser):
     def hints(self, message: str) -> list[str]:
         """What may be said beside argparse's own words."""
         unknown = re.findall(r"(?<!\S)--?[\w-]+", message.partition("unrecognized arguments: ")[2])
-        return [hint for word in unknown for hint in self.hint(word)] + near_choice(message)
+        hints = [hint for word in unknown for hint in self.hint(word)]
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hints += _meant(found[1], re.findall(r"[\w.-]+", found[2]))
+        return hints
 
     def hint(self, flag: str) -> list[str]:
         """What may be said of a flag that is unknown."""
-        near = difflib.get_close_matches(flag, list(self.flags()), n=1)
-        return [f"did you mean {near[0]}?"] if near else []
+        return _meant(flag, list(self.flags()))
 
     def flags(self) -> Iterator[str]:
         """All, those of its commands too."""
@@ -41,10 +43,8 @@ class Parser(argparse.ArgumentParser):
                     yield from parser._option_string_actions
 
 
-def near_choice(message: str) -> list[str]:
-    """Of argparse's words about a value that is none of those to choose from: which it may have been."""
-    found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-    near = difflib.get_close_matches(found[1], re.findall(r"[\w.-]+", found[2]), n=1) if found else []
+def _meant(word: str, known: list[str]) -> list[str]:
+    near = difflib.get_close_matches(word, known, n=1)
     return [f"did you mean {near[0]}?"] if near else []
 
 

@@ -65,6 +65,8 @@ def service(of: Subject, *, kept: Path | None = None) -> Iterator[Service]:
     with subprocess.Popen(
         [*told, *command(of)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
+        # reads on once it is ready, so that its log finds room
+        reader = threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True)
         try:
             assert process.stderr
             lines: list[str] = []
@@ -74,16 +76,12 @@ def service(of: Subject, *, kept: Path | None = None) -> Iterator[Service]:
                     break
             else:
                 raise ServiceError("the service that is to be measured did not start: " + " | ".join(lines[-3:]))
-            # read on, so that its log finds room
-            reader = threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True)
             reader.start()
-            try:
-                yield Service(pid=process.pid, host=found[1].strip("[]"), port=int(found[2]), said=tuple(lines))
-            finally:
-                process.terminate()
-                reader.join()
+            yield Service(pid=process.pid, host=found[1].strip("[]"), port=int(found[2]), said=tuple(lines))
         finally:
             process.terminate()
+            if reader.is_alive():
+                reader.join()
 
 
 @contextmanager
